@@ -1,0 +1,157 @@
+"""What crosses the border of the data plane: one attempt's orders, its outcome, and what was observed.
+
+Nothing here decides anything. A `Start` is self-contained: whoever holds one can execute the attempt without any
+earlier message. All records are frozen, compare by value, and hold only plain values, so that the control plane can
+send them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Identity(NamedTuple):
+    """Names one attempt of one operation. Frames and messages whose identity is not the current one are dropped.
+
+    `run` and `tag` are names; `generation` is the coordinator's life, `epoch` the membership view, `round` the number
+    of the operation under its tag, `attempt` counts retries of the round from 0.
+    """
+
+    run: str
+    generation: int
+    epoch: int
+    tag: str
+    round: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One peer as the others see it during an attempt.
+
+    incarnation: 63-bit number of this life of the peer, unique in the run.
+    addresses: "host:port" of its data listeners, best first; empty if it can only dial out.
+    fingerprint: of its certificate, hexadecimal; empty on links without TLS.
+    """
+
+    name: str
+    incarnation: int
+    addresses: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The orders for one attempt, equal on every member of it.
+
+    contributors: who sends numbers, sorted by name; sums are formed in this order.
+    receivers: who gets the result without contributing.
+    shares: for each contributor, the part of the elements that it owns (reduces); non-negative, sums to 1.
+        0 keeps a contributor from owning anything: so a pair that cannot talk never needs to.
+    multipliers, divisor: float32 scalars; the result is (sum over i of multipliers[i] * x[i]) / divisor.
+    elements: length of the flat tensor. dtype: of source and result. wire: how numbers travel.
+    """
+
+    run: str
+    generation: int
+    epoch: int
+    tag: str
+    round: int
+    attempt: int
+    fragment: int
+    base_version: int
+    contributors: tuple[Member, ...]
+    receivers: tuple[Member, ...] = ()
+    pattern: str = "direct"
+    shares: tuple[float, ...]
+    op: str = "sum"
+    wire: str = "f32"
+    dtype: str = "float32"
+    elements: int
+    multipliers: tuple[float, ...]
+    divisor: float = 1.0
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.run, self.generation, self.epoch, self.tag, self.round, self.attempt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Ends one attempt wherever it is. lost: names of the members that the next attempt leaves out."""
+
+    run: str
+    generation: int
+    epoch: int
+    tag: str
+    round: int
+    attempt: int
+    reason: str
+    lost: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.run, self.generation, self.epoch, self.tag, self.round, self.attempt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFailure:
+    """One link that failed, as one of its ends saw it.
+
+    evidence: "eof" (orderly end), "reset", "timeout", "refused" (its listener is gone: nobody holds the port),
+    "unreachable", or "corrupt" (checksum or frame).
+    """
+
+    peer: str
+    incarnation: int
+    evidence: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRecord:
+    """What one link carried during one operation. Bytes include frame headers."""
+
+    peer: str
+    bytes_sent: int
+    bytes_received: int
+    send_blocked_seconds: float
+    stripes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationRecord:
+    """What one attempt cost on this peer. Seconds are wall time on this host alone."""
+
+    seconds: float
+    wait_ready_seconds: float
+    reduce_seconds: float
+    links: tuple[LinkRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """This peer holds the whole result. digest: xxh3-128 of the result's bytes, hexadecimal; equal on all peers."""
+
+    identity: Identity
+    digest: str
+    record: OperationRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The attempt ended without a result here; the source is untouched. lost: the links that failed, if any did."""
+
+    identity: Identity
+    reason: str
+    lost: tuple[LinkFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far an attempt has come on this peer: passed to the group's `observe` hook after each received chunk."""
+
+    identity: Identity
+    chunks_received: int
+    chunks_expected: int
