@@ -1,0 +1,164 @@
+"""Configuration: small frozen values that refuse what cannot work, and the environment variables that fill them.
+
+Arguments win over the environment. An unknown `ELASTIC_*` variable is an error, since it is most often a typing
+mistake in a known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from urllib.parse import urlsplit
+
+from .errors import ConfigurationError
+
+ENVIRONMENT = {
+    "ELASTIC_JOIN": "where the run is: elastic://HOST:PORT/RUN, or @FILE that holds it",
+    "ELASTIC_RUN": "name of the run, when ELASTIC_JOIN does not say",
+    "ELASTIC_NAME": "name of this peer",
+    "ELASTIC_SITE": "name of the site that this peer belongs to",
+    "ELASTIC_LISTEN": "HOST:PORT that the data listener binds; PORT 0 picks one",
+    "ELASTIC_ADVERTISE": "HOST:PORT that other peers dial, when it differs from the listener's",
+    "ELASTIC_STRIPES": "TCP connections per link",
+    "ELASTIC_EVENTS_DIR": "folder for this peer's event log",
+}
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Returns the ELASTIC_* variables that are set. Raises ConfigurationError for one that does not exist."""
+    found = {key: value for key, value in environ.items() if key.startswith("ELASTIC_")}
+    for key in sorted(found.keys() - ENVIRONMENT.keys()):
+        near = difflib.get_close_matches(key, ENVIRONMENT, n=1)
+        hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(ENVIRONMENT))
+        raise ConfigurationError(f"unknown environment variable {key}: {hint}")
+    return found
+
+
+def check_name(what: str, name: str) -> str:
+    """Returns `name` if it can stand for a run, peer or site, else raises ConfigurationError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            f"{what} {name!r} is not a name: use 1 to 63 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
+    return name
+
+
+def check_endpoint(what: str, text: str) -> tuple[str, int]:
+    """Splits "HOST:PORT" ("[v6]:PORT" too). Raises ConfigurationError naming `what`."""
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or port is None or parts.path:
+        raise ConfigurationError(f"{what} {text!r} is not HOST:PORT, for example 0.0.0.0:29401")
+    return host, port
+
+
+def check_coordinator(address: str) -> str:
+    """Returns a coordinator address as ZeroMQ wants it, tcp://HOST:PORT, or raises ConfigurationError."""
+    if not address.startswith("tcp://"):
+        raise ConfigurationError(f"coordinator address {address!r} must look like tcp://HOST:29400")
+    host, port = check_endpoint("coordinator address", address.removeprefix("tcp://"))
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """Where a run is: what `elastic coordinator` prints and ELASTIC_JOIN holds."""
+
+    coordinator: str
+    run: str
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken:
+        """Reads elastic://HOST:PORT/RUN, or @FILE that holds it. Raises ConfigurationError."""
+        if text.startswith("@"):
+            text = _read_token_file(text[1:])
+        url = urlsplit(text.strip())
+        if url.scheme != "elastic" or not url.path.strip("/"):
+            raise ConfigurationError("a join token looks like elastic://HOST:PORT/RUN; this one does not")
+        return cls(check_coordinator(f"tcp://{url.netloc}"), check_name("run", url.path.strip("/")))
+
+    def __str__(self) -> str:
+        return f"elastic://{self.coordinator.removeprefix('tcp://')}/{self.run}"
+
+
+def _read_token_file(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the join token in {path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    """How long to wait for what, in seconds. Each is shorter than the next, so that the inner one fires first.
+
+    heartbeat: how often a peer says that it lives.
+    chunk: silence of a member (or of its path) after which a round goes on without it.
+    operation: how long one attempt may take altogether.
+    round: how long a caller waits for a round, and how long one with too few peers waits for more.
+
+    grace: how long a round waits for the rest once a quorum has proposed.
+    evict_after: silence after which a member that nobody proved dead loses its membership and its shards.
+    """
+
+    heartbeat: float = 0.5
+    chunk: float = 2.5
+    operation: float = 300.0
+    round: float = 1800.0
+    grace: float = 5.0
+    evict_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ConfigurationError(f"timeout {field.name} must be above 0 seconds")
+        order = ("heartbeat", "chunk", "operation", "round")
+        for low, high in itertools.pairwise(order):
+            _check_order(self, low, high)
+        _check_order(self, "chunk", "evict_after")
+
+
+def _check_order(timeouts: Timeouts, low: str, high: str) -> None:
+    if not getattr(timeouts, low) < getattr(timeouts, high):
+        raise ConfigurationError(
+            f"timeout {low} ({getattr(timeouts, low)} s) must be below {high} ({getattr(timeouts, high)} s)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPolicy:
+    """What a coordinator decides by.
+
+    min_peers: rounds wait while fewer members are there.
+    quorum: part of the members that must have proposed before a round opens; at least one more than
+        half of them by default. 1.0 waits for all that are not silent.
+    max_attempts: an operation that failed this often is given up, and its callers see RoundAborted.
+    rounds, tokens: the run is over once this many outer rounds or tokens are committed; 0 means no such target.
+    """
+
+    min_peers: int = 1
+    quorum: float = 0.5
+    max_attempts: int = 16
+    rounds: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.min_peers < 1:
+            raise ConfigurationError(f"min_peers is {self.min_peers}: a run needs at least 1 peer")
+        if not 0 < self.quorum <= 1:
+            raise ConfigurationError(f"quorum is {self.quorum}: it must be above 0 and at most 1")
+        if self.max_attempts < 1:
+            raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be at least 1")
+        for name in ("rounds", "tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 (no target) or more")

@@ -1,0 +1,67 @@
+"""Events: JSON lines in the words of the metrics, dotted and in the past tense.
+
+One file per writer, one line per event, each line whole: a reader may follow the file while it grows.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import ConfigurationError
+
+
+class EventLog:
+    """Appends events to a JSONL file; without a path, drops them. Safe to use from several threads."""
+
+    def __init__(self, path: Path | None, *, run: str, peer: str = "") -> None:
+        self._common = {"run": run} | ({"peer": peer} if peer else {})
+        self._lock = threading.Lock()
+        self._file: TextIO | None = _open(path) if path else None
+
+    def emit(self, event: str, /, **fields: Any) -> None:
+        """Writes one line: event, time_unix, monotonic, run, peer, then `fields` (plain JSON values)."""
+        if self._file is None:
+            return
+        head = {"event": event, "time_unix": time.time(), "monotonic": time.monotonic()}
+        line = json.dumps(head | self._common | fields) + "\n"
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(line)
+                self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            with self._lock:
+                self._file.close()
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write events to {path}: {error.strerror}") from None
+
+
+class EventReader:
+    """Follows an event log: each call returns the whole lines that were added since the last."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield json.loads(line)

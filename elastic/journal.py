@@ -1,0 +1,182 @@
+"""What a coordinator must not forget: records, and the SQLite file that keeps them in order.
+
+The membership is a fold over these records; votes, heartbeats and plain operations are not among them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from collectives.records import Member
+
+from .errors import ConfigurationError
+from .messages import MessageError, OperationSpec, decode, encode
+
+FORMAT = "elastic-journal-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A coordinator began to serve; generation is its life."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    member: Member
+    site: str
+    life: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departed:
+    name: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetRegistered:
+    samples: int
+    shard_size: int
+    seed: int
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    name: str
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Released:
+    """The unfinished shards of this name may go to others."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopFounded:
+    """Version 0 of an outer loop's state is this one."""
+
+    tag: str
+    spec: OperationSpec
+    fragment: int
+    state_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A round of an outer loop is final. tokens: sum of the contributors' weights."""
+
+    tag: str
+    round: int
+    attempt: int
+    fragment: int
+    version: int
+    contributors: tuple[str, ...]
+    cursors: dict[int, int]
+    tokens: float
+    digest: str
+    skipped: bool = False
+
+
+Record = Opened | Admitted | Departed | DatasetRegistered | Leased | Released | LoopFounded | Committed
+RECORDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (Opened, Admitted, Departed, DatasetRegistered, Leased, Released, LoopFounded, Committed)
+}
+
+
+class Journal:
+    """An append-only list of records in one SQLite file, written in one transaction per loop turn.
+
+    Raises ConfigurationError for a file that is not this run's journal (it is left untouched), or that another
+    coordinator on this machine holds.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path)
+        try:
+            _check_header(path)
+            # the server's thread writes what the caller's thread opened; never both at once
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._prepare(run)
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            raise ConfigurationError(f"{path} is no journal of elastic ({error}); name another") from None
+        except ConfigurationError:
+            self._lock.close()
+            raise
+
+    def _prepare(self, run: str) -> None:
+        tables = {row[0] for row in self._db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables:
+            self._create(run)
+        elif not {"meta", "records"} <= tables:
+            raise ConfigurationError(f"{self._path} is another program's database; name another journal")
+        meta = dict(self._db.execute("SELECT key, value FROM meta"))
+        if meta.get("format") != FORMAT:
+            raise ConfigurationError(f"{self._path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
+        if meta.get("run") != run:
+            raise ConfigurationError(f"{self._path} is the journal of run {meta.get('run')!r}, not of {run!r}")
+        self._db.execute("PRAGMA synchronous = FULL")
+
+    def _create(self, run: str) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("BEGIN")
+        self._db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT)")
+        self._db.execute("CREATE TABLE records (number INTEGER PRIMARY KEY, body BLOB NOT NULL)")
+        self._db.executemany("INSERT INTO meta VALUES (?, ?)", [("format", FORMAT), ("run", run)])
+        self._db.execute("COMMIT")
+
+    def read(self) -> list[Any]:
+        """All records, oldest first."""
+        try:
+            rows = self._db.execute("SELECT body FROM records ORDER BY number")
+            return [decode(row[0], RECORDS) for row in rows]
+        except (MessageError, sqlite3.DatabaseError) as error:
+            raise ConfigurationError(f"{self._path} is damaged: {error}; restore a copy or name another") from None
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Makes the records durable, all or none, before it returns."""
+        rows = [(encode(record),) for record in records]
+        if not rows:
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany("INSERT INTO records (body) VALUES (?)", rows)
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        self._db.close()
+        self._lock.close()
+
+
+def _check_header(path: Path) -> None:
+    # sqlite would happily turn an existing empty or short foreign file into a database
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head and head != b"SQLite format 3\0":
+        raise ConfigurationError(f"{path} is no journal of elastic; move it away or name another")
+
+
+def _lock(path: Path) -> IO[bytes]:
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise ConfigurationError(f"cannot open the journal {path}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigurationError(f"another coordinator holds the journal {path}; stop it or name another") from None
+    return file

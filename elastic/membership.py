@@ -1,0 +1,1041 @@
+"""Who is in, what is committed, where the data stands: the one place that admits, evicts and commits.
+
+A pure state machine. `receive` and `tick` take a message or the time and return effects; nothing here opens a socket,
+reads a clock or starts a thread, so that thousands of random schedules run in a second. Durable state changes only
+through journal records (`_record`): replaying them gives the same state in the next generation.
+
+The rules are those of docs/design.md, "Rules of a round"; numbers in comments refer to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from collectives.records import Abort, Member, Start
+
+from . import rounds
+from .config import RunPolicy, Timeouts
+from .journal import (
+    Admitted,
+    Committed,
+    DatasetRegistered,
+    Departed,
+    Leased,
+    LoopFounded,
+    Opened,
+    Record,
+    Released,
+)
+from .messages import (
+    PROTOCOL,
+    Applied,
+    Base,
+    Begin,
+    Cancel,
+    Commit,
+    CommitNote,
+    DoneReport,
+    Enter,
+    Exit,
+    Expelled,
+    FailedReport,
+    Gone,
+    Heartbeat,
+    Join,
+    LeaseRequest,
+    Leases,
+    Leave,
+    MemberReport,
+    Message,
+    Open,
+    OperationSpec,
+    PeerStatus,
+    Pong,
+    Propose,
+    Refused,
+    Represent,
+    RoundFailed,
+    RunProgress,
+    StatusReport,
+    StatusRequest,
+    View,
+    Welcome,
+)
+from .rounds import Operation, Pair, Phase
+from .shards import ShardTable
+
+KEPT_COMMITS = 8
+CUT_RETRY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Deliver `message` to this life of this peer, if it is connected."""
+
+    name: str
+    incarnation: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Make the record durable before any Send that follows."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Write an event."""
+
+    event: str
+    fields: dict[str, Any]
+
+
+Effect = Send | Persist | Emit
+
+
+@dataclass
+class MemberState:
+    """A member and what is known of it now. Only member, site and life are durable."""
+
+    member: Member
+    site: str
+    life: int
+    last_heard: float
+    silent: bool = False
+    status: PeerStatus = field(default_factory=PeerStatus)
+    held: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
+    entered: set[str] = field(default_factory=set)
+    trains: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Loop:
+    """The durable part of an outer loop: its contract and how far each fragment is."""
+
+    spec: OperationSpec
+    versions: dict[int, int] = field(default_factory=dict)
+    hashes: dict[tuple[int, int], str] = field(default_factory=dict)
+    rounds: int = 0
+    founder: str = ""
+
+
+class Membership:
+    """One run, as its coordinator knows it.
+
+    generation grows with each life of the coordinator, epoch with each change of the view. All times are seconds of
+    the caller's clock, passed in; they decide only how long to wait, never what is true.
+    """
+
+    def __init__(self, run: str, policy: RunPolicy, timeouts: Timeouts) -> None:
+        self.run, self.policy, self.timeouts = run, policy, timeouts
+        self.generation = 0
+        self.epoch = 0
+        self.members: dict[str, MemberState] = {}
+        self.lives: dict[str, int] = {}
+        self.retired: dict[int, str] = {}
+        self.loops: dict[str, Loop] = {}
+        self.table: ShardTable | None = None
+        self.tokens = 0.0
+        self.operations: dict[str, Operation] = {}
+        self.commits: dict[str, deque[Commit]] = {}
+        self.last_contributors: tuple[str, ...] = ()
+        self.cuts: dict[Pair, float] = {}
+        self._link_breaks: dict[Pair, int] = {}
+        self._rounds: dict[str, int] = {}
+        self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
+        self._absent: dict[str, set[str]] = {}
+        self._orphaned: dict[str, float] = {}
+        self._last_tick: float | None = None
+        self._began = 0.0
+        self._restarted = False
+        self._effects: list[Effect] = []
+
+    # --- life of the coordinator ------------------------------------------------------------------------------------
+
+    def begin(self, records: Iterable[Record], now: float) -> list[Effect]:
+        """Replays a journal and opens the next generation. Everybody known gets a full deadline (rule 3)."""
+        for record in records:
+            self._apply(record)
+        self._record(Opened(generation=self.generation + 1))
+        for member in self.members.values():
+            member.last_heard = now
+        self._last_tick = self._began = now
+        self._restarted = self.generation > 1
+        for name in self._holders_without_member():
+            self._orphaned[name] = now
+        self._emit("coordinator.started", generation=self.generation, members=len(self.members))
+        return self._take()
+
+    def receive(self, name: str, message: Message, now: float) -> list[Effect]:
+        """One message from the peer that presented itself as `name`. What is stale changes nothing (rule 1)."""
+        if message.run != self.run:
+            self._refuse(name, message, "ConfigurationError", f"this coordinator serves run {self.run!r}")
+        elif isinstance(message, Join):
+            self._join(name, message, now)
+        elif isinstance(message, StatusRequest):
+            self._send_to(name, message.incarnation, self.status(now))
+        elif isinstance(message, Gone):
+            self._gone(message, now)
+        elif self._is_current(name, message):
+            self._heard(name, now)
+            self._dispatch(name, message, now)
+        return self._take()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Time passes: finds silence, opens rounds whose grace is over, gives up what takes too long."""
+        self._renew_after_gap(now)
+        for name, state in list(self.members.items()):
+            self._watch(name, state, now)
+        for operation in list(self.operations.values()):
+            self._consider(operation, now)
+        for name, since in list(self._orphaned.items()):
+            if now - since > self.timeouts.evict_after:
+                self._release(name)
+        self._drop_old_cuts(now)
+        return self._take()
+
+    def _renew_after_gap(self, now: float) -> None:
+        # rule 3: a coordinator that was frozen itself must not blame others for its own silence
+        last, self._last_tick = self._last_tick, now
+        if last is None or now - last <= self.timeouts.heartbeat:
+            return
+        gap = now - last
+        for state in self.members.values():
+            state.last_heard = now
+        for operation in self.operations.values():
+            operation.changed_at += gap
+            if operation.opened_at is not None:
+                operation.opened_at += gap
+        for name in self._orphaned:
+            self._orphaned[name] += gap
+
+    # --- members ----------------------------------------------------------------------------------------------------
+
+    def _is_current(self, name: str, message: Message) -> bool:
+        state = self.members.get(name)
+        if message.incarnation in self.retired:
+            self._send_to(name, message.incarnation, Expelled(run=self.run, reason=self.retired[message.incarnation]))
+            return False
+        known = state is not None and state.member.incarnation == message.incarnation
+        if not known or message.generation != self.generation:
+            self._send_to(name, message.incarnation, Represent(run=self.run, generation=self.generation))
+            return False
+        return True
+
+    def _join(self, name: str, message: Join, now: float) -> None:
+        incarnation = message.member.incarnation
+        if message.protocol != PROTOCOL:
+            reason = f"the coordinator speaks protocol {PROTOCOL}, peer {name} speaks {message.protocol}"
+            self._refuse(name, message, "VersionMismatch", reason)
+            return
+        if incarnation in self.retired:
+            self._send_to(name, incarnation, Expelled(run=self.run, reason=self.retired[incarnation]))
+            return
+        state = self.members.get(name)
+        if state is not None and state.member.incarnation != incarnation:
+            self._depart(name, "another life of this name has joined", now)
+            state = None
+        if state is None:
+            self._admit(message, now)
+        self._heard(name, now)
+        self._learn_commits(message.commits)
+        self._welcome(name)
+
+    def _admit(self, message: Join, now: float) -> None:
+        member = message.member
+        life = self.lives.get(member.name, 0) + 1
+        self._record(Admitted(member=member, site=message.site, life=life))
+        self.members[member.name].last_heard = now
+        self._orphaned.pop(member.name, None)
+        view = self._stamp(View, added=(member,), reason="joined")
+        self._broadcast(view, but=member.name)
+        self._emit("peer.joined", peer=member.name, incarnation=member.incarnation, life=life, epoch=self.epoch)
+
+    def _welcome(self, name: str) -> None:
+        members = tuple(state.member for state in self.members.values())
+        life = self.members[name].life
+        self._send(name, self._stamp(Welcome, life=life, members=members, progress=self.progress))
+
+    def _depart(self, name: str, reason: str, now: float, *, release: bool = False) -> None:
+        state = self.members.get(name)
+        if state is None:
+            return
+        self._record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
+        self._send_to(name, state.member.incarnation, Expelled(run=self.run, reason=reason))
+        self._broadcast(self._stamp(View, removed=(name,), reason=reason))
+        self._emit("peer.left" if release else "peer.evicted", peer=name, evidence=reason, epoch=self.epoch)
+        if release:
+            self._release(name)
+        elif self.table and self.table.held_by(name):
+            self._orphaned[name] = now
+        for operation in list(self.operations.values()):
+            self._withdraw(operation, name, now)
+
+    def _gone(self, message: Gone, now: float) -> None:
+        state = self.members.get(message.name)
+        if state is not None and state.member.incarnation == message.incarnation:
+            self._depart(message.name, message.evidence, now)
+
+    def _heard(self, name: str, now: float) -> None:
+        state = self.members[name]
+        state.last_heard = now
+        if state.silent:
+            state.silent = False
+            self._emit("peer.recovered", peer=name)
+
+    def _watch(self, name: str, state: MemberState, now: float) -> None:
+        silence = now - state.last_heard
+        if silence > self.timeouts.evict_after:
+            self._depart(name, f"silent for {silence:.0f} s", now)
+        elif silence > self.timeouts.chunk and not state.silent:
+            # rule 3: silence costs the round, not the membership
+            state.silent = True
+            self._emit("peer.suspected", peer=name, silence_seconds=round(silence, 3))
+
+    # --- messages of members ----------------------------------------------------------------------------------------
+
+    def _dispatch(self, name: str, message: Message, now: float) -> None:
+        match message:
+            case Heartbeat():
+                self.members[name].status = message.status
+                self._send(name, self._stamp(Pong, progress=self.progress))
+            case Propose():
+                self._propose(name, message, now)
+            case DoneReport():
+                self._done(name, message, now)
+            case FailedReport():
+                self._failed(name, message, now)
+            case Enter():
+                self._enter(name, message, now)
+            case Applied():
+                self._applied(name, message, now)
+            case Exit():
+                self._exit(name, message.tag, now)
+            case LeaseRequest():
+                self._lease(name, message)
+            case Leave():
+                self._depart(name, message.reason, now, release=True)
+
+    # --- outer loops: founding, joining, parity -----------------------------------------------------------------------
+
+    def _enter(self, name: str, message: Enter, now: float) -> None:
+        loop = self.loops.get(message.tag)
+        if loop is not None and self._mismatch(name, message, loop.spec, message.spec):
+            return
+        self.members[name].entered.add(message.tag)
+        if loop is None:
+            self._found(name, message)
+        elif self._holders(message.tag, message.fragment):
+            self._send(name, self._base(message.tag, message.fragment))
+        elif self._nobody_will_hold(message.tag, loop, now):
+            self._enter_unheld(name, message, loop)
+        # else: whoever holds it is about to say so; the peer asks again
+
+    def _nobody_will_hold(self, tag: str, loop: Loop, now: float) -> bool:
+        """Whether no member holds the state or is about to. After a restart, all get time to present themselves."""
+        settled = now - self._began > self.timeouts.chunk or not self._restarted
+        busy = loop.founder in self.members or any(tag in state.trains for state in self.members.values())
+        return settled and not busy
+
+    def _enter_unheld(self, name: str, message: Enter, loop: Loop) -> None:
+        version = loop.versions.get(message.fragment, 0)
+        if version == 0:  # the founder went away before anybody had its state: nothing is lost by a new one
+            self._found(name, message)
+            return
+        reason = f"no living peer holds version {version} of {message.tag}; restart from a checkpoint"
+        self._refuse(name, message, "NoSource", reason, tag=message.tag)
+
+    def _found(self, name: str, message: Enter) -> None:
+        record = LoopFounded(
+            tag=message.tag, spec=message.spec, fragment=message.fragment, state_hash=message.state_hash
+        )
+        self._record(record)
+        self.loops[message.tag].founder = name
+        self._emit("loop.founded", peer=name, tag=message.tag, state_hash=message.state_hash)
+        self._send(name, self._base(message.tag, message.fragment, found=True))
+
+    def _base(self, tag: str, fragment: int, *, found: bool = False) -> Message:
+        loop = self.loops[tag]
+        version = loop.versions[fragment]
+        sources = () if found else rounds.members_of(self._holders(tag, fragment), self._members())
+        state_hash = loop.hashes.get((fragment, version), "")
+        base: Base = self._stamp(
+            Base, tag=tag, fragment=fragment, version=version, state_hash=state_hash, sources=sources
+        )
+        return base
+
+    def _holders(self, tag: str, fragment: int) -> list[str]:
+        """Living members that hold the current version of the fragment."""
+        version = self.loops[tag].versions.get(fragment)
+        return [
+            name
+            for name, state in self.members.items()
+            if not state.silent and state.held.get((tag, fragment), (-1, ""))[0] == version
+        ]
+
+    def _applied(self, name: str, message: Applied, now: float) -> None:
+        loop, key = self.loops.get(message.tag), (message.fragment, message.version)
+        if loop is None or message.version > loop.versions.get(message.fragment, -1):
+            return
+        agreed = loop.hashes.setdefault(key, message.state_hash)
+        if agreed != message.state_hash:
+            self._drifted(name, message, agreed, now)
+            return
+        loop.hashes.pop((message.fragment, message.version - KEPT_COMMITS), None)
+        state = self.members[name]
+        state.held[message.tag, message.fragment] = (message.version, message.state_hash)
+        state.entered.add(message.tag)
+        state.trains.add(message.tag)
+        if message.version < loop.versions[message.fragment]:
+            self._catch_up(name, message.tag, message.fragment, message.version)
+
+    def _drifted(self, name: str, message: Applied, agreed: str, now: float) -> None:
+        reason = f"peer {name} holds {message.state_hash} as version {message.version}, the run holds {agreed}"
+        self._emit("parity.mismatch", peer=name, version=message.version, held=message.state_hash, agreed=agreed)
+        self._exit(name, message.tag, now)
+        self._refuse(name, message, "ParityError", reason, tag=message.tag)
+
+    def _catch_up(self, name: str, tag: str, fragment: int, version: int) -> None:
+        """Rule 5: sends the next commit that the peer missed, or, if that is too long ago, the state itself."""
+        for commit in self.commits.get(tag, ()):
+            if commit.fragment == fragment and commit.version == version + 1 and not commit.skipped:
+                self._send(name, self._renewed(commit))
+                return
+        if self._holders(tag, fragment):
+            self._send(name, self._base(tag, fragment))
+
+    def _exit(self, name: str, tag: str, now: float) -> None:
+        self.members[name].trains.discard(tag)
+        self.members[name].entered.discard(tag)
+        operation = self.operations.get(tag)
+        if operation is not None:
+            self._withdraw(operation, name, now)
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def _lease(self, name: str, message: LeaseRequest) -> None:
+        if self.table is None:
+            self._record(
+                DatasetRegistered(
+                    samples=message.samples,
+                    shard_size=message.shard_size,
+                    seed=message.seed,
+                    epochs=message.epochs,
+                )
+            )
+        table = self.table
+        assert table is not None
+        ours = (table.layout.samples, table.layout.shard_size, table.layout.seed, table.epochs)
+        theirs = (message.samples, message.shard_size, message.seed, message.epochs)
+        if ours != theirs:
+            reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
+            self._refuse(name, message, "ParityError", reason)
+            return
+        fresh = self._lease_one(name, table, message.holding)
+        shards = {shard: table.cursors[shard] for shard in table.held_by(name)}
+        self._send(name, self._stamp(Leases, shards=shards, spent=not fresh and not shards.keys() - {*message.holding}))
+
+    def _lease_one(self, name: str, table: ShardTable, holding: tuple[int, ...]) -> bool:
+        if set(table.held_by(name)) - set(holding):
+            return True
+        shard = table.offer()
+        if shard is None:
+            return False
+        self._record(Leased(name=name, shards=(shard,)))
+        return True
+
+    def _release(self, name: str) -> None:
+        self._orphaned.pop(name, None)
+        if self.table and self.table.held_by(name):
+            self._emit("shard.released", peer=name, shards=self.table.held_by(name))
+            self._record(Released(name=name))
+
+    def _holders_without_member(self) -> set[str]:
+        return set(self.table.holders.values()) - self.members.keys() if self.table else set()
+
+    # --- rounds: proposals ------------------------------------------------------------------------------------------
+
+    def _propose(self, name: str, message: Propose, now: float) -> None:
+        if self._already_decided(name, message) or not self._acceptable(name, message):
+            return
+        operation = self.operations.get(message.tag)
+        if operation is None:
+            operation = self._open_operation(message, now)
+        elif self._mismatch(name, message, operation.spec, message.spec):
+            return
+        self._absent.get(message.tag, set()).discard(name)
+        before = operation.proposals.get(name)
+        if operation.phase is Phase.GATHERING:
+            operation.proposals[name] = message
+        elif before is None or before.incarnation != message.incarnation:
+            operation.late[name] = message
+        elif operation.phase is Phase.RUNNING and operation.start and name in _names(operation.start):
+            self._send(name, self._stamp(Begin, start=operation.start))
+        self._consider(operation, now)
+
+    def _already_decided(self, name: str, message: Propose) -> bool:
+        incarnation, sequence, reply = self._decided.get((message.tag, name), (0, -1, None))
+        if reply is not None and incarnation == message.incarnation and message.sequence <= sequence:
+            self._send(name, self._renewed(reply) if isinstance(reply, Commit) else reply)
+            return True
+        if message.base_version >= 0 or not 0 <= message.round < self._rounds.get(message.tag, 0):
+            return False
+        self._send(name, self._outcome(message.tag, message.round))
+        return True
+
+    def _outcome(self, tag: str, round: int) -> Message:
+        """What became of a plain operation that is over."""
+        for commit in self.commits.get(tag, ()):
+            if commit.round == round:
+                return self._renewed(commit)
+        failed: RoundFailed = self._stamp(
+            RoundFailed, tag=tag, round=round, reason="the round went on without this peer"
+        )
+        return failed
+
+    def _acceptable(self, name: str, message: Propose) -> bool:
+        if not (math.isfinite(message.weight) and message.weight >= 0):
+            reason = f"weight {message.weight} of peer {name} is not a finite number of at least 0"
+            self._refuse(name, message, "ConfigurationError", reason, tag=message.tag, sequence=message.sequence)
+            return False
+        if message.base_version < 0:
+            return True
+        if self.progress.finished:
+            reason = "the run has reached its target"
+            self._send(name, self._stamp(RoundFailed, tag=message.tag, round=message.round, reason=reason))
+            return False
+        return self._fresh_enough(name, message)
+
+    def _fresh_enough(self, name: str, message: Propose) -> bool:
+        loop = self.loops.get(message.tag)
+        if loop is None or message.fragment not in loop.versions:
+            self._send(name, self._stamp(Represent))
+            return False
+        if message.base_version != loop.versions[message.fragment]:
+            self._catch_up(name, message.tag, message.fragment, message.base_version)
+            return False
+        return not self._mismatch(name, message, loop.spec, message.spec)
+
+    def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
+        """Rule 10: names the first difference between what the run does and what the peer wants."""
+        for what in ("algorithm", "op", "dtype", "elements", "wire", "fingerprint"):
+            if getattr(ours, what) != getattr(theirs, what):
+                values = f"{getattr(ours, what)!r} in the run, {getattr(theirs, what)!r} on peer {name}"
+                reason = f"{message.tag}: {what} differs: {values}"
+                sequence = message.sequence if isinstance(message, Propose) else -1
+                self._refuse(name, message, "ParityError", reason, tag=message.tag, sequence=sequence)
+                return True
+        return False
+
+    def _open_operation(self, message: Propose, now: float) -> Operation:
+        outer = message.base_version >= 0
+        number = self.loops[message.tag].rounds if outer else self._rounds.get(message.tag, 0)
+        operation = Operation(
+            tag=message.tag,
+            round=number,
+            spec=message.spec,
+            fragment=message.fragment,
+            base_version=message.base_version,
+            changed_at=now,
+        )
+        self.operations[message.tag] = operation
+        return operation
+
+    # --- rounds: what next --------------------------------------------------------------------------------------------
+
+    def _consider(self, operation: Operation, now: float) -> None:
+        """Moves the operation on as far as what is known allows."""
+        if self.operations.get(operation.tag) is not operation:
+            return
+        if operation.phase is Phase.GATHERING:
+            self._consider_start(operation, now)
+        elif operation.phase is Phase.RUNNING:
+            self._consider_running(operation, now)
+        else:
+            self._consider_retry(operation, now)
+
+    def _expected(self, operation: Operation) -> set[str]:
+        awake = {name for name, state in self.members.items() if not state.silent}
+        if operation.outer:
+            return {name for name in awake if operation.tag in self.members[name].trains}
+        return awake - self._absent.get(operation.tag, set())
+
+    def _consider_start(self, operation: Operation, now: float) -> None:
+        expected = self._expected(operation)
+        present = {name for name in operation.proposals if not self.members[name].silent}
+        if len(present) < self.policy.min_peers:
+            operation.opened_at = None
+            return
+        missing = expected - present
+        needed = rounds.quorum_count(len(expected), self.policy.quorum, self.policy.min_peers)
+        if operation.opened_at is None and len(present) >= min(needed, len(expected)):
+            operation.opened_at = now
+            for name in missing:
+                self._send(name, self._stamp(Open, tag=operation.tag, round=operation.round))
+        grace_over = operation.opened_at is not None and now - operation.opened_at >= self.timeouts.grace
+        if not missing or grace_over:
+            self._absent.setdefault(operation.tag, set()).update(missing)
+            self._begin_attempt(operation, present, now)
+
+    def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
+        """Starts the next attempt with these peers' proposals; a round without any weight is skipped (rule 6)."""
+        weights = {name: operation.proposals[name].weight for name in sorted(names)}
+        giving = tuple(n for n, w in weights.items() if w > 0 and not operation.proposals[n].receiver)
+        if not giving:
+            self._decide(operation, digest="", contributors=(), now=now)
+            return
+        cuts = [pair for pair in self.cuts if pair <= set(giving)]
+        connected = rounds.largest_connected(giving, cuts)
+        receivers = tuple(sorted(names - set(giving)))
+        operation.attempt += 1
+        operation.start = self._start(operation, connected, receivers, weights, cuts)
+        operation.lost.extend(name for name in giving if name not in connected)
+        operation.phase, operation.changed_at = Phase.RUNNING, now
+        operation.done, operation.answered, operation.failures = {}, set(), {}
+        for name in (*connected, *receivers):
+            self._send(name, self._stamp(Begin, start=operation.start))
+        self._emit_start(operation, connected)
+
+    def _start(
+        self,
+        operation: Operation,
+        names: tuple[str, ...],
+        receivers: tuple[str, ...],
+        weights: dict[str, float],
+        cuts: list[Pair],
+    ) -> Start:
+        multipliers, divisor = rounds.scalars(operation.spec.op, (weights[name] for name in names))
+        shares = rounds.owners_shares(names, cuts)
+        assert shares is not None, "largest_connected leaves an owner"
+        return Start(
+            run=self.run,
+            generation=self.generation,
+            epoch=self.epoch,
+            tag=operation.tag,
+            round=operation.round,
+            attempt=operation.attempt,
+            fragment=operation.fragment,
+            base_version=operation.base_version,
+            contributors=rounds.members_of(names, self._members()),
+            receivers=rounds.members_of(receivers, self._members()),
+            shares=shares,
+            op=operation.spec.op,
+            wire=operation.spec.wire,
+            dtype=operation.spec.dtype,
+            elements=operation.spec.elements,
+            multipliers=multipliers,
+            divisor=divisor,
+        )
+
+    def _emit_start(self, operation: Operation, names: tuple[str, ...]) -> None:
+        if operation.outer:
+            fields = {"tag": operation.tag, "round": operation.round, "attempt": operation.attempt}
+            self._emit("round.started", **fields, contributors=list(names))
+
+    # --- rounds: attempts -------------------------------------------------------------------------------------------
+
+    def _done(self, name: str, message: DoneReport, now: float) -> None:
+        operation = self.operations.get(message.tag)
+        if operation is None or not operation.is_current(message.round, message.attempt):
+            _, _, reply = self._decided.get((message.tag, name), (0, -1, None))
+            if isinstance(reply, Commit) and reply.round == message.round:
+                self._send(name, self._renewed(reply))
+            return
+        operation.answered.add(name)
+        if operation.phase is Phase.RUNNING:
+            operation.done[name] = message.digest
+        self._consider(operation, now)
+
+    def _failed(self, name: str, message: FailedReport, now: float) -> None:
+        operation = self.operations.get(message.tag)
+        if operation is None or not operation.is_current(message.round, message.attempt):
+            return
+        if name not in operation.contributors():
+            return  # a receiver's trouble is its own
+        operation.answered.add(name)
+        operation.done.pop(name, None)
+        if message.lost:
+            operation.failures[name] = message.lost
+        if operation.phase is Phase.RUNNING:
+            self._abort(operation, message.reason or "a member failed", now)
+        self._consider(operation, now)
+
+    def _withdraw(self, operation: Operation, name: str, now: float) -> None:
+        """The peer has left the view or the loop. What it contributed to a running attempt may still count (rule 8)."""
+        operation.late.pop(name, None)
+        if not operation.in_attempt(name):
+            operation.proposals.pop(name, None)
+        if not operation.proposals:
+            del self.operations[operation.tag]
+            return
+        self._consider(operation, now)
+
+    def _consider_running(self, operation: Operation, now: float) -> None:
+        contributors = operation.contributors()
+        pending = [name for name in contributors if name not in operation.done]
+        living = [name for name in contributors if self._in_attempt_alive(operation, name)]
+        if not living:
+            self._fail(operation, "every contributor is gone")
+        elif not [name for name in pending if name in living]:
+            self._settle(operation, living, now)
+        elif any(name not in living or self.members[name].silent for name in pending):
+            lost = [name for name in pending if name not in living or self.members[name].silent]
+            self._abort(operation, f"lost {', '.join(lost)}", now, lost=tuple(lost))
+            self._consider(operation, now)
+        elif now - operation.changed_at > self.timeouts.operation:
+            self._abort(operation, f"no result within {self.timeouts.operation} s", now)
+
+    def _in_attempt_alive(self, operation: Operation, name: str) -> bool:
+        """Whether the very life that the attempt was started with is still in the view."""
+        assert operation.start is not None
+        state = self.members.get(name)
+        return state is not None and state.member in operation.start.contributors
+
+    def _settle(self, operation: Operation, living: list[str], now: float) -> None:
+        digests = {operation.done[name] for name in living}
+        if len(digests) == 1:
+            self._decide(operation, digest=digests.pop(), contributors=operation.contributors(), now=now)
+            return
+        held = {name: operation.done[name] for name in living}
+        self._emit("parity.mismatch", tag=operation.tag, round=operation.round, digests=held)
+        self._abort(operation, f"results differ: {held}", now)
+
+    def _abort(self, operation: Operation, reason: str, now: float, lost: tuple[str, ...] = ()) -> None:
+        assert operation.start is not None
+        operation.phase, operation.changed_at = Phase.ABORTING, now
+        if operation.done:
+            operation.answered -= operation.done.keys()  # they hold a result that will not count: they must say so
+        abort = Abort(
+            run=self.run,
+            generation=self.generation,
+            epoch=operation.start.epoch,
+            tag=operation.tag,
+            round=operation.round,
+            attempt=operation.attempt,
+            reason=reason,
+            lost=lost,
+        )
+        for name in _names(operation.start):
+            if name not in operation.answered:
+                self._send(name, self._stamp(Cancel, abort=abort))
+
+    def _consider_retry(self, operation: Operation, now: float) -> None:
+        """The next attempt begins once every member of the last has answered, or is known to be lost."""
+        waited = now - operation.changed_at
+        living = [name for name in operation.contributors() if self._in_attempt_alive(operation, name)]
+        silent = [name for name in living if name not in operation.answered]
+        if any(not self._given_up(operation, name, living, waited) for name in silent):
+            return
+        for name in silent:
+            if operation.refused(name):
+                self._depart(name, "its listener is gone: connection refused", now)
+        if self.operations.get(operation.tag) is operation and operation.phase is Phase.ABORTING:
+            self._retry(operation, now)
+
+    def _given_up(self, operation: Operation, name: str, living: list[str], waited: float) -> bool:
+        if self.members[name].silent or waited > self.timeouts.chunk:
+            return True
+        others = [other for other in living if other != name and other in operation.answered]
+        reporters = operation.reported_lost(name)
+        return operation.refused(name) or (len(others) >= 2 and reporters >= set(others))
+
+    def _retry(self, operation: Operation, now: float) -> None:
+        answered = {
+            name for name in operation.contributors()
+            if name in operation.answered and self._in_attempt_alive(operation, name)
+        }  # fmt: skip
+        lost = [name for name in operation.contributors() if name not in answered]
+        self._note_cuts(operation, answered, now)
+        operation.lost.extend(lost)
+        for name in lost:
+            operation.proposals.pop(name, None)
+        self._emit("round.shrunk" if lost else "round.aborted", tag=operation.tag, round=operation.round,
+                   attempt=operation.attempt, lost=lost, links=_links(operation))  # fmt: skip
+        if operation.attempt + 1 >= self.policy.max_attempts:
+            self._fail(operation, f"gave up after {operation.attempt + 1} attempts")
+            return
+        operation.phase, operation.opened_at = Phase.GATHERING, None
+        present = {n for n in operation.proposals if n in answered or not operation.in_attempt(n)}
+        if not operation.proposals:
+            self._fail(operation, "nobody is left")
+        elif len(present) >= self.policy.min_peers:
+            self._begin_attempt(operation, present & self.members.keys(), now)
+
+    def _note_cuts(self, operation: Operation, alive: set[str], now: float) -> None:
+        for who, lost in operation.failures.items():
+            for failure in lost:
+                pair = frozenset((who, failure.peer))
+                self._link_breaks[pair] = self._link_breaks.get(pair, 0) + 1
+        for pair in rounds.lasting_cuts(operation.failures, alive, self._link_breaks):
+            self.cuts[pair] = now + CUT_RETRY_SECONDS
+            self._emit("link.cut", peers=sorted(pair))
+
+    def _drop_old_cuts(self, now: float) -> None:
+        for pair in [pair for pair, until in self.cuts.items() if until < now]:
+            del self.cuts[pair]
+            self._link_breaks.pop(pair, None)
+
+    # --- rounds: the final word -------------------------------------------------------------------------------------
+
+    def _decide(self, operation: Operation, *, digest: str, contributors: tuple[str, ...], now: float) -> None:
+        """Commits. Durable first; then everybody concerned is told, and can ask again (rule 2)."""
+        skipped = not contributors
+        giving = [operation.proposals[name] for name in contributors if name in operation.proposals]
+        version = operation.base_version + (0 if skipped else 1) if operation.outer else -1
+        record = Committed(
+            tag=operation.tag,
+            round=operation.round,
+            attempt=max(operation.attempt, 0),
+            fragment=operation.fragment,
+            version=version,
+            contributors=contributors,
+            cursors=_merged(proposal.cursors for proposal in giving),
+            tokens=sum(proposal.weight for proposal in giving),
+            digest=digest,
+            skipped=skipped,
+        )
+        if operation.outer:
+            self._record(record)
+            self._emit_commit(operation, record)
+        else:
+            self._note_commit(record)
+        self._publish(operation, self.commits[operation.tag][-1])
+        self._close(operation, now)
+
+    def _publish(self, operation: Operation, commit: Commit) -> None:
+        commit = self._renewed(commit)
+        told = set(operation.proposals)
+        if operation.outer:
+            told |= {name for name, state in self.members.items() if operation.tag in state.entered}
+        for name in sorted(told):
+            proposal = operation.proposals.get(name)
+            if proposal is not None:
+                self._decided[operation.tag, name] = (proposal.incarnation, proposal.sequence, commit)
+            self._send(name, commit)
+        for pair in [pair for pair in self._link_breaks if pair not in self.cuts]:
+            del self._link_breaks[pair]  # the round went through: what broke has been redialled
+
+    def _emit_commit(self, operation: Operation, record: Committed) -> None:
+        self._emit(
+            "round.committed",
+            tag=record.tag,
+            round=record.round,
+            attempt=record.attempt,
+            contributors=list(record.contributors),
+            tokens={n: operation.proposals[n].weight for n in record.contributors if n in operation.proposals},
+            version=record.version,
+            digest=record.digest,
+            skipped=record.skipped,
+        )
+
+    def _fail(self, operation: Operation, reason: str) -> None:
+        failed = self._stamp(RoundFailed, tag=operation.tag, round=operation.round, reason=reason)
+        for name, proposal in operation.proposals.items():
+            self._decided[operation.tag, name] = (proposal.incarnation, proposal.sequence, failed)
+            self._send(name, failed)
+        self._emit("round.failed", tag=operation.tag, round=operation.round, reason=reason)
+        if not operation.outer:
+            self._rounds[operation.tag] = operation.round + 1
+        self._close(operation, operation.changed_at)
+
+    def _close(self, operation: Operation, now: float) -> None:
+        if self.operations.get(operation.tag) is operation:
+            del self.operations[operation.tag]
+        for name, proposal in operation.late.items():
+            if name in self.members:
+                self._propose(name, proposal, now)
+
+    def _learn_commits(self, notes: tuple[CommitNote, ...]) -> None:
+        """After a restart: plain operations that a peer saw committed are committed (rule 2)."""
+        for note in notes:
+            known = any(commit.round == note.round for commit in self.commits.get(note.tag, ()))
+            if known or note.round < self._rounds.get(note.tag, 0):
+                continue
+            self._note_commit(
+                Committed(
+                    tag=note.tag,
+                    round=note.round,
+                    attempt=note.attempt,
+                    fragment=0,
+                    version=-1,
+                    contributors=note.contributors,
+                    cursors={},
+                    tokens=0.0,
+                    digest=note.digest,
+                )
+            )
+            self._resolve_doubts(note)
+
+    def _resolve_doubts(self, note: CommitNote) -> None:
+        operation = self.operations.get(note.tag)
+        if operation is None or operation.phase is not Phase.GATHERING:
+            return
+        for name, proposal in list(operation.proposals.items()):
+            if proposal.round == note.round:
+                del operation.proposals[name]
+                self._send(name, self._renewed(self.commits[note.tag][-1]))
+        operation.round = max(operation.round, note.round + 1)
+        if not operation.proposals:
+            del self.operations[note.tag]
+
+    # --- durable state: the fold over the journal -------------------------------------------------------------------
+
+    def _record(self, record: Record) -> None:
+        self._effects.append(Persist(record))
+        self._apply(record)
+
+    def _apply(self, record: Record) -> None:
+        match record:
+            case Opened():
+                self.generation = record.generation
+            case Admitted():
+                self._apply_admitted(record)
+            case Departed():
+                self.members.pop(record.name, None)
+                self.retired[record.incarnation] = record.reason
+                self.epoch += 1
+            case DatasetRegistered():
+                self.table = ShardTable.of(record)
+            case Leased() if self.table:
+                self.table.lease(record.name, record.shards)
+            case Released() if self.table:
+                self.table.release(record.name)
+            case LoopFounded():
+                loop = self.loops[record.tag] = Loop(record.spec)
+                loop.versions[record.fragment] = 0
+                loop.hashes[record.fragment, 0] = record.state_hash
+            case Committed():
+                self._apply_committed(record)
+
+    def _apply_admitted(self, record: Admitted) -> None:
+        name = record.member.name
+        self.members[name] = MemberState(record.member, record.site, record.life, last_heard=0.0)
+        self.lives[name] = record.life
+        self.epoch += 1
+
+    def _apply_committed(self, record: Committed) -> None:
+        loop = self.loops[record.tag]
+        loop.versions[record.fragment] = record.version
+        loop.rounds = record.round + 1
+        self.tokens += record.tokens
+        if self.table:
+            self.table.commit(record.cursors)
+        if not record.skipped:
+            loop.founder = ""
+        self.last_contributors = record.contributors
+        self._note_commit(record)
+
+    def _note_commit(self, record: Committed) -> None:
+        commit = self._stamp(
+            Commit,
+            tag=record.tag,
+            round=record.round,
+            attempt=record.attempt,
+            fragment=record.fragment,
+            version=record.version,
+            contributors=record.contributors,
+            digest=record.digest,
+            skipped=record.skipped,
+            progress=self.progress,
+        )
+        self.commits.setdefault(record.tag, deque(maxlen=KEPT_COMMITS)).append(commit)
+        self._rounds[record.tag] = max(self._rounds.get(record.tag, 0), record.round + 1)
+
+    # --- reports and plumbing ---------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> RunProgress:
+        done = sum(loop.rounds for loop in self.loops.values())
+        enough_rounds = 0 < self.policy.rounds <= done
+        enough_tokens = 0 < self.policy.tokens <= self.tokens
+        return RunProgress(rounds=done, tokens=int(self.tokens), finished=enough_rounds or enough_tokens)
+
+    def status(self, now: float) -> StatusReport:
+        reports = tuple(self._report(name, state, now) for name, state in sorted(self.members.items()))
+        samples = self.table.committed if self.table else 0
+        report: StatusReport = self._stamp(
+            StatusReport,
+            members=reports,
+            progress=self.progress,
+            contributors=self.last_contributors,
+            samples=samples,
+        )
+        return report
+
+    def _report(self, name: str, state: MemberState, now: float) -> MemberReport:
+        version, state_hash = max(state.held.values(), default=(-1, ""))
+        training = "active" if state.trains else "joining"
+        return MemberReport(
+            name=name,
+            site=state.site,
+            life=state.life,
+            state="suspect" if state.silent else training,
+            version=version,
+            state_hash=state_hash,
+            silence=now - state.last_heard,
+            status=state.status,
+        )
+
+    def _members(self) -> dict[str, Member]:
+        return {name: state.member for name, state in self.members.items()}
+
+    def _renewed(self, commit: Commit) -> Commit:
+        """The commit as of now: this generation's stamp, and who can still give its result to others."""
+        holders = [name for name in commit.contributors if name in self.members and not self.members[name].silent]
+        fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
+        fields |= {"generation": self.generation, "epoch": self.epoch, "progress": self.progress}
+        return Commit(**fields | {"sources": rounds.members_of(holders, self._members())})
+
+    def _stamp(self, kind: type[Any], **fields: Any) -> Any:
+        return kind(run=self.run, generation=self.generation, epoch=self.epoch, **fields)
+
+    def _send(self, name: str, message: Message) -> None:
+        state = self.members.get(name)
+        if state is not None:
+            self._send_to(name, state.member.incarnation, message)
+
+    def _send_to(self, name: str, incarnation: int, message: Message) -> None:
+        self._effects.append(Send(name, incarnation, message))
+
+    def _broadcast(self, message: Message, but: str = "") -> None:
+        for name in self.members:
+            if name != but:
+                self._send(name, message)
+
+    def _refuse(
+        self, name: str, message: Message, error: str, reason: str, *, tag: str = "", sequence: int = -1
+    ) -> None:
+        refused = self._stamp(Refused, error=error, reason=reason, tag=tag, sequence=sequence)
+        self._send_to(name, message.incarnation, refused)
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self._effects.append(Emit(event, fields))
+
+    def _take(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+
+def _names(start: Start) -> tuple[str, ...]:
+    return tuple(member.name for member in (*start.contributors, *start.receivers))
+
+
+def _merged(cursors: Iterable[dict[int, int]]) -> dict[int, int]:
+    merged: dict[int, int] = {}
+    for each in cursors:
+        merged |= each
+    return merged
+
+
+def _links(operation: Operation) -> list[str]:
+    return [
+        f"{who}->{failure.peer}: {failure.evidence}"
+        for who, lost in sorted(operation.failures.items())
+        for failure in lost
+    ]

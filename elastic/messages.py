@@ -1,0 +1,444 @@
+"""The control plane's words, and how they become bytes.
+
+Every message is a frozen dataclass that carries run, generation, incarnation and epoch. On the wire it is one msgpack
+map with the class name under "type". Decoding is by schema: unknown fields are ignored, missing or mistyped ones are
+refused, sizes are bounded; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import msgpack
+
+from collectives.records import Abort, LinkFailure, Member, Start
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 4 << 20
+
+
+class MessageError(ValueError):
+    """Bytes that are no valid message. The sender is ignored; nothing changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What each message carries. 0 means that the sender does not know it yet."""
+
+    run: str
+    generation: int = 0
+    incarnation: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationSpec:
+    """What is reduced. Members of one operation must agree on every field, or ParityError names both values."""
+
+    op: str
+    dtype: str
+    elements: int
+    wire: str
+    algorithm: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitNote:
+    """A plain operation that a peer saw committed: told to a restarted coordinator, which did not journal it."""
+
+    tag: str
+    round: int
+    attempt: int
+    digest: str
+    contributors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerStatus:
+    """How a peer is doing; rides on its heartbeats. Seconds and bytes; loss is NaN until there is one."""
+
+    state: str = "idle"
+    step: int = 0
+    loss: float = float("nan")
+    tokens_per_second: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+# --- from peers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join(Message):
+    """Asks for membership; the same incarnation asks again to re-present itself to a new generation."""
+
+    protocol: int = PROTOCOL
+    member: Member
+    site: str
+    commits: tuple[CommitNote, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat(Message):
+    status: PeerStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Propose(Message):
+    """Offers a contribution to the operation that is open, or next, under `tag`.
+
+    sequence: this incarnation's own count of operations under the tag; a repeated message keeps it.
+    round: the round that this proposal was already started in, after a coordinator's restart; else -1.
+    base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
+    cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
+    """
+
+    tag: str
+    sequence: int
+    round: int = -1
+    fragment: int = 0
+    base_version: int = -1
+    base_hash: str = ""
+    weight: float
+    cursors: dict[int, int]
+    spec: OperationSpec
+    receiver: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoneReport(Message):
+    tag: str
+    round: int
+    attempt: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedReport(Message):
+    """The attempt ended here without a result; also the answer to an Abort."""
+
+    tag: str
+    round: int
+    attempt: int
+    reason: str
+    lost: tuple[LinkFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave(Message):
+    reason: str = "left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enter(Message):
+    """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first."""
+
+    tag: str
+    spec: OperationSpec
+    fragment: int = 0
+    state_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exit(Message):
+    """This peer stays a member but takes no further part in the loop."""
+
+    tag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied(Message):
+    """This peer holds `version` of the fragment, with this hash, and serves it to others."""
+
+    tag: str
+    fragment: int
+    version: int
+    state_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRequest(Message):
+    """Asks for shards of a dataset of `samples`, cut into shards of `shard_size`; what is held already comes too.
+
+    holding: shards that this incarnation still works on; 0 samples mean: hand all back.
+    """
+
+    samples: int
+    shard_size: int
+    seed: int
+    epochs: int
+    holding: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone(Message):
+    """A site supervisor's proof that a process has ended."""
+
+    name: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusRequest(Message):
+    pass
+
+
+# --- from the coordinator -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunProgress:
+    """How far the run is: committed outer rounds and tokens, and whether its target is reached."""
+
+    rounds: int = 0
+    tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome(Message):
+    """Admission. life: the how-manieth incarnation of this name it is, for people."""
+
+    life: int
+    members: tuple[Member, ...]
+    progress: RunProgress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View(Message):
+    """A membership view: what changed since epoch - 1."""
+
+    added: tuple[Member, ...] = ()
+    removed: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open(Message):
+    """A quorum has proposed for this round: propose at the next step boundary."""
+
+    tag: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin(Message):
+    """Carries a Start to its members."""
+
+    start: Start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel(Message):
+    """Carries an Abort to the members of that attempt."""
+
+    abort: Abort
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit(Message):
+    """The final word on a round. sources: who holds the result (by its digest), for those who do not.
+
+    skipped: nobody contributed; nothing changes. version: of the fragment once this is applied (-1: plain operation).
+    """
+
+    tag: str
+    round: int
+    attempt: int
+    fragment: int
+    version: int
+    contributors: tuple[str, ...]
+    sources: tuple[Member, ...] = ()
+    digest: str
+    skipped: bool = False
+    progress: RunProgress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFailed(Message):
+    """The round is given up; every input is untouched."""
+
+    tag: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base(Message):
+    """The outer state to begin from. No sources: this peer's own state founds the run."""
+
+    tag: str
+    fragment: int
+    version: int
+    state_hash: str
+    sources: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leases(Message):
+    """Shards held by this peer, with the committed cursor of each. spent: there is no data left to lease."""
+
+    shards: dict[int, int]
+    spent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Message):
+    """A request that cannot be granted. error: name of the exception that the caller sees; tag: of the operation."""
+
+    error: str
+    reason: str
+    tag: str = ""
+    sequence: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Represent(Message):
+    """The coordinator does not know this incarnation in its generation: join again with the same one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expelled(Message):
+    """This incarnation is no member any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong(Message):
+    """Answers a heartbeat: the coordinator lives."""
+
+    progress: RunProgress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberReport:
+    """One member in a status report. silence: seconds since it was last heard."""
+
+    name: str
+    site: str
+    life: int
+    state: str
+    version: int
+    state_hash: str
+    silence: float
+    status: PeerStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReport(Message):
+    members: tuple[MemberReport, ...]
+    progress: RunProgress
+    contributors: tuple[str, ...]
+    samples: int
+
+
+# --- codec ----------------------------------------------------------------------------------------------------------
+
+
+def encode(message: Any) -> bytes:
+    """Packs a message or journal record (any dataclass of plain values) into msgpack."""
+    body = {"type": type(message).__name__} | _plain(message)
+    packed: bytes = msgpack.packb(body, use_bin_type=True)
+    return packed
+
+
+def decode(data: bytes, kinds: dict[str, type]) -> Any:
+    """Unpacks one of `kinds` by its schema. Raises MessageError with one line that says what is wrong."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        body = msgpack.unpackb(data, raw=False, strict_map_key=False, max_ext_len=0)
+    except Exception as error:  # msgpack raises many kinds, ValueError and RecursionError among them
+        raise MessageError(f"not msgpack: {type(error).__name__}") from None
+    if not isinstance(body, dict) or not isinstance(body.get("type"), str):
+        raise MessageError("not a map with a type")
+    kind = kinds.get(body["type"])
+    if kind is None:
+        raise MessageError(f"unknown message type {body['type'][:40]!r}")
+    return _build(kind, body, kind.__name__)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+@cache
+def _schema(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Field name -> (type, whether it must be there)."""
+    hints = typing.get_type_hints(kind)
+    return {
+        field.name: (
+            hints[field.name],
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _build(kind: type, body: Any, where: str) -> Any:
+    if not isinstance(body, dict):
+        raise MessageError(f"{where} is no map")
+    values = {}
+    for name, (hint, required) in _schema(kind).items():
+        if name in body:
+            values[name] = _value(hint, body[name], f"{where}.{name}")
+        elif required:
+            raise MessageError(f"{where}.{name} is missing")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise MessageError(f"{where}: {error}") from None
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, entry, where) for entry in _expect(value, list, where))
+    if origin is dict:
+        key_hint, item = typing.get_args(hint)
+        entries = _expect(value, dict, where).items()
+        return {_value(key_hint, key, where): _value(item, entry, where) for key, entry in entries}
+    if origin in (types.UnionType, typing.Union):
+        raise TypeError(f"{where}: unions have no place in a message")
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    return _expect(value, hint, where)
+
+
+def _expect(value: Any, kind: type, where: str) -> Any:
+    # bool is an int to isinstance, and must not pass for one here
+    if type(value) is not kind:
+        raise MessageError(f"{where} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+FROM_PEERS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Join, Heartbeat, Propose, DoneReport, FailedReport, Leave, Enter, Exit, Applied, LeaseRequest, Gone,
+        StatusRequest,
+    )
+}  # fmt: skip
+FROM_COORDINATOR: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
+        StatusReport,
+    )
+}  # fmt: skip

@@ -1,0 +1,137 @@
+"""One operation on its way from the first proposal to a commit, and the pure rules of a round.
+
+An operation gathers proposals, runs attempts, and, when an attempt fails, waits until every member of it has answered
+or is lost before the next begins. `Operation` is the account; what to do next is decided in `membership`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from collectives.records import LinkFailure, Member, Start
+
+from .messages import OperationSpec, Propose
+
+Pair = frozenset[str]
+
+
+class Phase(Enum):
+    GATHERING = "gathering"
+    RUNNING = "running"
+    ABORTING = "aborting"
+
+
+@dataclass
+class Operation:
+    """The open round under one tag.
+
+    proposals: by peer name, kept until the commit. opened_at: when a quorum had proposed.
+    done, answered: in the current attempt, who holds a result (with its digest) and who has ended it.
+    failures: link failures of the current attempt, by the peer that reported them.
+    lost: everybody that earlier attempts went on without.
+    """
+
+    tag: str
+    round: int
+    spec: OperationSpec
+    fragment: int
+    base_version: int
+    attempt: int = -1
+    phase: Phase = Phase.GATHERING
+    proposals: dict[str, Propose] = field(default_factory=dict)
+    late: dict[str, Propose] = field(default_factory=dict)
+    opened_at: float | None = None
+    changed_at: float = 0.0
+    start: Start | None = None
+    done: dict[str, str] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
+    failures: dict[str, tuple[LinkFailure, ...]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+
+    @property
+    def outer(self) -> bool:
+        """Whether this is a round of an outer loop: journaled, and applied by peers that did not contribute."""
+        return self.base_version >= 0
+
+    def contributors(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.start.contributors) if self.start else ()
+
+    def in_attempt(self, name: str) -> bool:
+        return self.phase is not Phase.GATHERING and name in self.contributors()
+
+    def is_current(self, round: int, attempt: int) -> bool:
+        return self.round == round and self.attempt == attempt and self.phase is not Phase.GATHERING
+
+    def reported_lost(self, name: str) -> set[str]:
+        """Who saw the link to `name` fail in this attempt."""
+        return {who for who, lost in self.failures.items() if any(failure.peer == name for failure in lost)}
+
+    def refused(self, name: str) -> bool:
+        """Whether somebody proved that `name`'s process is gone: nobody holds its port any more."""
+        return any(f.peer == name and f.evidence == "refused" for lost in self.failures.values() for f in lost)
+
+
+def quorum_count(expected: int, quorum: float, min_peers: int) -> int:
+    """How many of `expected` peers open a round: more than the part `quorum` of them, and never below min_peers."""
+    return max(min_peers, min(expected, int(quorum * expected) + 1))
+
+
+def float32(value: float) -> float:
+    """The nearest float32: so that every peer computes with the same scalar, however it arrived."""
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded
+
+
+def scalars(op: str, weights: Iterable[float]) -> tuple[tuple[float, ...], float]:
+    """Multipliers and divisor of a reduction. Equal weights give exactly 1.0 each, so that the sum stays exact."""
+    weights = tuple(weights)
+    if op == "sum":
+        return (1.0,) * len(weights), 1.0
+    heaviest = max(weights)
+    multipliers = tuple(float32(weight / heaviest) for weight in weights)
+    return multipliers, float32(sum(multipliers))
+
+
+def owners_shares(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[float, ...] | None:
+    """Equal shares for the contributors that can talk to all others, 0 for the rest; None if there is none such.
+
+    In the direct pattern numbers move only to and from owners: so a cut pair needs no link as long as neither owns.
+    """
+    cut_off = {name for pair in cuts if pair <= set(names) for name in pair}
+    owners = [name for name in names if name not in cut_off]
+    return tuple(1.0 / len(owners) if name in owners else 0.0 for name in names) if owners else None
+
+
+def largest_connected(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[str, ...]:
+    """The most contributors among which a direct exchange works when no one can talk to all: greedy, deterministic.
+
+    Drops the peer with the most cut pairs (the last name among equals) until an owner exists.
+    """
+    cuts, left = set(cuts), list(names)
+    while owners_shares(tuple(left), cuts) is None:
+        left.remove(max(left, key=lambda name: (sum(name in pair and pair <= set(left) for pair in cuts), name)))
+    return tuple(left)
+
+
+def lasting_cuts(
+    failures: Mapping[str, tuple[LinkFailure, ...]], alive: set[str], seen: Mapping[Pair, int]
+) -> set[Pair]:
+    """Pairs of living peers that should be kept apart.
+
+    A connection that merely broke (eof, reset, corrupt) is redialled first; a pair that broke before in this round,
+    or could not be dialled at all, is taken as cut.
+    """
+    pairs = set()
+    for who, lost in failures.items():
+        for failure in lost:
+            pair = frozenset((who, failure.peer))
+            if pair <= alive and (failure.evidence in ("timeout", "unreachable", "refused") or seen.get(pair, 0) > 1):
+                pairs.add(pair)
+    return pairs
+
+
+def members_of(names: Iterable[str], members: Mapping[str, Member]) -> tuple[Member, ...]:
+    return tuple(members[name] for name in sorted(names) if name in members)

@@ -1,0 +1,174 @@
+"""Who reads which samples, and how far that is committed.
+
+A dataset of n samples is cut into shards of `shard_size` samples. Shards are numbered through the epochs: number
+e * S + k is the k-th of S shards in epoch e. A shard is leased to one peer name at a time; its cursor says how many of
+its samples stand behind committed rounds. Shards are small against the dataset and leased as peers run dry, so that
+fast peers read more and a newcomer finds work at once; nothing needs to be moved when somebody joins or leaves.
+
+`ShardTable` is the coordinator's pure account; `ShardReader` is a peer's place in the data.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from .journal import DatasetRegistered
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the shards lie. Order within a shard is a function of (seed, epoch, shard) alone."""
+
+    samples: int
+    shard_size: int
+    seed: int
+
+    @property
+    def shards_per_epoch(self) -> int:
+        return math.ceil(self.samples / self.shard_size)
+
+    def size(self, shard: int) -> int:
+        """Samples in the shard; the one that holds the dataset's end can be smaller."""
+        start = self._place(shard) * self.shard_size
+        return min(self.shard_size, self.samples - start)
+
+    def order(self, shard: int) -> list[int]:
+        """The shard's sample indices in the order in which they are read."""
+        start = self._place(shard) * self.shard_size
+        indices = list(range(start, start + self.size(shard)))
+        random.Random(f"{self.seed}/{shard}").shuffle(indices)
+        return indices
+
+    def _place(self, shard: int) -> int:
+        epoch, index = divmod(shard, self.shards_per_epoch)
+        return _places(self.shards_per_epoch, self.seed, epoch)[index]
+
+
+@lru_cache(maxsize=4)
+def _places(count: int, seed: int, epoch: int) -> list[int]:
+    places = list(range(count))
+    random.Random(f"{seed}/epoch {epoch}").shuffle(places)
+    return places
+
+
+@dataclass
+class ShardTable:
+    """The coordinator's account of one dataset. A pure value: changed by `lease`, `commit`, `release` alone."""
+
+    layout: Layout
+    epochs: int
+    holders: dict[int, str] = field(default_factory=dict)
+    cursors: dict[int, int] = field(default_factory=dict)
+    free: set[int] = field(default_factory=set)
+    next: int = 0
+    committed: int = 0
+
+    @classmethod
+    def of(cls, record: DatasetRegistered) -> ShardTable:
+        return cls(Layout(record.samples, record.shard_size, record.seed), record.epochs)
+
+    def held_by(self, name: str) -> list[int]:
+        return sorted(shard for shard, holder in self.holders.items() if holder == name)
+
+    def offer(self) -> int | None:
+        """The shard that the next lease should be: one given back before a fresh one; None if the data is spent."""
+        if self.free:
+            return min(self.free)
+        fresh_left = not self.epochs or self.next < self.epochs * self.layout.shards_per_epoch
+        return self.next if fresh_left else None
+
+    def lease(self, name: str, shards: tuple[int, ...]) -> None:
+        for shard in shards:
+            self.holders[shard] = name
+            self.free.discard(shard)
+            self.cursors.setdefault(shard, 0)
+            self.next = max(self.next, shard + 1)
+
+    def commit(self, cursors: dict[int, int]) -> None:
+        """Moves cursors forward, never back; a shard read to its end is closed."""
+        for shard, position in cursors.items():
+            before = self.cursors.get(shard)
+            if before is None or position <= before:
+                continue
+            self.committed += position - before
+            self.cursors[shard] = position
+            if position >= self.layout.size(shard):
+                self._close(shard)
+
+    def _close(self, shard: int) -> None:
+        self.holders.pop(shard, None)
+        self.free.discard(shard)
+        del self.cursors[shard]
+
+    def release(self, name: str) -> None:
+        for shard in self.held_by(name):
+            del self.holders[shard]
+            self.free.add(shard)
+
+
+class ShardReader:
+    """A peer's place in its leased shards: what it has handed out, and what has been stepped.
+
+    A sample counts once its optimizer step is done: `stepped()` moves the cursors to all that was handed out so far.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._orders: dict[int, list[int]] = {}
+        self._handed: dict[int, int] = {}
+        self._cursors: dict[int, int] = {}
+
+    def add(self, shards: dict[int, int]) -> None:
+        """Takes over leases; the cursor is where reading begins. Known shards stay as they are."""
+        for shard, cursor in shards.items():
+            if shard not in self._orders:
+                self._orders[shard] = self.layout.order(shard)
+                self._handed[shard] = self._cursors[shard] = cursor
+
+    def batch(self, size: int) -> list[int]:
+        """The next at most `size` sample indices, from one shard; empty when nothing is left to hand out."""
+        for shard in sorted(self._orders):
+            start = self._handed[shard]
+            indices = self._orders[shard][start : start + size]
+            if indices:
+                self._handed[shard] = start + len(indices)
+                return indices
+        return []
+
+    def left(self) -> int:
+        """Samples leased and not yet handed out."""
+        return sum(len(order) - self._handed[shard] for shard, order in self._orders.items())
+
+    def stepped(self) -> int:
+        """Counts everything handed out as used; returns how many samples that added."""
+        added = sum(self._handed.values()) - sum(self._cursors.values())
+        self._cursors = dict(self._handed)
+        return added
+
+    @property
+    def cursors(self) -> dict[int, int]:
+        return dict(self._cursors)
+
+    @property
+    def holding(self) -> tuple[int, ...]:
+        return tuple(sorted(self._orders))
+
+    def forget(self, cursors: dict[int, int]) -> None:
+        """Drops shards whose end has been committed by `cursors`."""
+        for shard, position in cursors.items():
+            order = self._orders.get(shard)
+            if order is not None and position >= len(order):
+                del self._orders[shard], self._handed[shard], self._cursors[shard]
+
+    def rewind(self, committed: dict[int, int]) -> None:
+        """Goes back to committed positions: what was read beyond them is read again."""
+        for shard, position in committed.items():
+            if shard in self._orders:
+                self._handed[shard] = self._cursors[shard] = position
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._orders))
