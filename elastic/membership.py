@@ -907,7 +907,8 @@ class Membership:
             case Released() if self.table:
                 self.table.release(record.name)
             case LoopFounded():
-                loop = self.loops[record.tag] = Loop(record.spec)
+                before = self.loops.get(record.tag)
+                loop = self.loops[record.tag] = Loop(record.spec, rounds=before.rounds if before else 0)
                 loop.versions[record.fragment] = 0
                 loop.hashes[record.fragment, 0] = record.state_hash
             case Committed():
