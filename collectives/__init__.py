@@ -1,0 +1,73 @@
+"""Tensors between peers that may die: frames, striped links, wire formats, and exchanges over them.
+
+`Group.run(Start) -> Done | Failed` executes one attempt of one operation and decides nothing: who takes part, whether
+to retry, and what a failure means is decided by whoever holds the group. Importing this package costs nothing; torch
+and numpy are imported with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collectives.frames import FrameError
+    from collectives.group import Group, GroupStatistics, LinkStatistics
+    from collectives.records import (
+        Abort,
+        Done,
+        Failed,
+        Identity,
+        LinkFailure,
+        LinkRecord,
+        Member,
+        OperationRecord,
+        Progress,
+        Start,
+    )
+    from collectives.sockets import LinkOptions
+    from collectives.transfer import FetchError
+
+_HOMES = {
+    **dict.fromkeys(
+        ("Abort", "Done", "Failed", "Identity", "LinkFailure", "LinkRecord", "Member", "OperationRecord", "Progress"),
+        "records",
+    ),
+    "Start": "records",
+    "FrameError": "frames",
+    "LinkOptions": "sockets",
+    "FetchError": "transfer",
+    **dict.fromkeys(("Group", "GroupStatistics", "LinkStatistics"), "group"),
+}
+
+__all__ = [
+    "Abort",
+    "Done",
+    "Failed",
+    "FetchError",
+    "FrameError",
+    "Group",
+    "GroupStatistics",
+    "Identity",
+    "LinkFailure",
+    "LinkOptions",
+    "LinkRecord",
+    "LinkStatistics",
+    "Member",
+    "OperationRecord",
+    "Progress",
+    "Start",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'collectives' has no attribute {name!r}")
+    value = getattr(import_module(f"collectives.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

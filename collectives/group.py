@@ -1,0 +1,587 @@
+"""The face of the data plane: a Group executes attempts and decides nothing.
+
+It keeps one link per incarnation of a peer, across attempts and rounds. What a failure means, who is left out of the
+next attempt and whether there is one, is decided elsewhere; a Group only says what happened, with evidence.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from xxhash import xxh3_128_hexdigest
+
+from collectives import exchange, frames
+from collectives.exchange import Attempt, Observer, Part, Pool
+from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
+from collectives.handshake import Dialling, Porter, Self, probe
+from collectives.links import Link, Scratch
+from collectives.records import Abort, Done, Failed, Identity, LinkFailure, Member, Progress, Start
+from collectives.sockets import (
+    LinkOptions,
+    check_congestion_control,
+    evidence_of,
+    format_address,
+    parse_address,
+)
+from collectives.transfer import Blob, Fetch, Library
+from collectives.wires import Floats, as_floats
+
+_REMEMBERED = 256
+_SERVED = 8
+_WILDCARDS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStatistics:
+    """One link since it was built. Bytes include headers; `state` is "up" or the evidence of its failure."""
+
+    peer: str
+    incarnation: int
+    state: str
+    stripes: int
+    bytes_sent: int
+    bytes_received: int
+    seconds_sending: float
+    stale_frames: int
+    corrupt_frames: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatistics:
+    """Counts since the group was made; frames of dead links are included in the totals."""
+
+    links: tuple[LinkStatistics, ...]
+    done: int
+    failed: int
+    stale_frames: int
+    corrupt_frames: int
+    serving: int
+    parked_links: int
+
+
+class Group:
+    """One peer's end of the data plane.
+
+    run: name of the training job; name, incarnation: this peer and which life of it (63 bits). listen: "host:port"
+    (port 0: any) or "" to dial out only. advertise: what others dial, if that differs; port 0 stands for
+    the listener's.
+    observe: called from the group's threads after each received chunk; if it raises, that attempt fails.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        name: str,
+        incarnation: int,
+        listen: str = "127.0.0.1:0",
+        advertise: str | None = None,
+        options: LinkOptions = LinkOptions(),  # noqa: B008 - frozen
+        observe: Callable[[Progress], None] | None = None,
+    ) -> None:
+        _check_identity(run, name, incarnation)
+        check_congestion_control(options.congestion_control)
+        self.options = options
+        self.pool = Pool(options.chunk_bytes, max(1, options.pool_bytes // options.chunk_bytes))
+        self._run_name = run
+        self._self = Self(frames.name_hash(run), incarnation, options)
+        self._observer: Observer | None = observe
+        self._lock = threading.RLock()
+        self._links: dict[int, Link] = {}
+        self._dead: list[Link] = []
+        self._known: dict[int, Member] = {}
+        self._view: frozenset[int] = frozenset()
+        self._retired: OrderedDict[int, None] = OrderedDict()
+        self._parked: OrderedDict[int, _Parked] = OrderedDict()
+        self._dials: dict[int, Dialling] = {}
+        self._diallers: set[threading.Thread] = set()
+        self._fetches: set[Fetch] = set()
+        self._attempts: dict[Key, Attempt] = {}
+        self._aborts: OrderedDict[Key, Abort] = OrderedDict()
+        self._closed = False
+        self._done = self._failed = self._stale = self._corrupt = 0
+        self._library = Library(self._self)
+        self._porter = Porter(listen, self._self, self)
+        try:
+            self.addresses = _addresses(self._porter.port, advertise)
+        except ValueError:
+            self._porter.stop()
+            raise
+        self.member = Member(name=name, incarnation=incarnation, addresses=self.addresses)
+        self._porter.start()
+
+    # Links and views.
+
+    def connect(self, members: Iterable[Member]) -> None:
+        """Name the current view. Missing links are built in the background; those to other incarnations are dropped.
+
+        Best effort: nothing is reported from here. `run` finds out, with evidence, whether a link works.
+        """
+        named = {member.incarnation: member for member in members if member.incarnation != self.member.incarnation}
+        with self._lock:
+            self._check_open()
+            dropped = self._drop_others(frozenset(named))
+        for link in dropped:
+            link.fail("eof", "no longer in the view")
+        for member in named.values():
+            self._ensure(member)
+
+    def _drop_others(self, view: frozenset[int]) -> list[Link]:
+        busy = {incarnation for attempt in self._attempts.values() for incarnation in attempt.peers}
+        gone = [each for each in self._known if each not in view and each not in busy]
+        for incarnation in gone:
+            del self._known[incarnation]
+            self._retired[incarnation] = None
+        while len(self._retired) > _REMEMBERED:
+            self._retired.popitem(last=False)
+        self._view = view
+        return [self._links[each] for each in gone if each in self._links]
+
+    def _ensure(self, member: Member) -> Link | None:
+        """The link to a member if it is up; else see to it that one is being built."""
+        incarnation = member.incarnation
+        with self._lock:
+            self._check_open()
+            self._known[incarnation] = member
+            self._retired.pop(incarnation, None)
+            if (link := self._links.get(incarnation)) is not None:
+                return link
+            parked = self._parked.pop(incarnation, None)
+            if parked is None:
+                if incarnation not in self._dials and self._dials_to(member):
+                    self._dial(member)
+                return None
+        return self._establish(member, parked.sockets)
+
+    def _dials_to(self, member: Member) -> bool:
+        if not member.addresses:
+            return False
+        mine = (self.member.name, self.member.incarnation)
+        return not self.addresses or mine < (member.name, member.incarnation)
+
+    def _dial(self, member: Member) -> None:
+        options = self.options
+        dialling = Dialling(self._self, member, Purpose.LINK, options.stripes, options.connect_timeout)
+        thread = threading.Thread(
+            target=self._dialled, args=(member, dialling), name=f"dial-{member.name}", daemon=True
+        )
+        self._dials[member.incarnation] = dialling
+        self._diallers.add(thread)
+        thread.start()
+
+    def _dialled(self, member: Member, dialling: Dialling) -> None:
+        try:
+            self._build(member, dialling)
+        finally:
+            with self._lock:
+                self._diallers.discard(threading.current_thread())
+
+    def _build(self, member: Member, dialling: Dialling) -> None:
+        failure: LinkFailure | None = None
+        try:
+            sockets = dialling.connect()
+        except (OSError, ValueError) as error:
+            evidence = evidence_of(error) if isinstance(error, OSError) else "unreachable"
+            failure = LinkFailure(
+                peer=member.name, incarnation=member.incarnation, evidence=evidence, detail=f"dialling: {error}"
+            )
+        with self._lock:
+            self._dials.pop(member.incarnation, None)
+            attempts = list(self._attempts.values())
+        if failure is None:
+            self._establish(member, sockets)
+            return
+        for attempt in attempts:
+            attempt.unreachable(failure)
+
+    def _establish(self, member: Member, sockets: list[socket.socket]) -> Link | None:
+        """A link of these sockets replaces any former one to the same incarnation."""
+        link = Link(member, sockets, run=self._self.run, me=self.member.incarnation, options=self.options, hooks=self)
+        with self._lock:
+            former = self._links.pop(member.incarnation, None)
+        if former is not None:
+            former.fail("reset", "replaced by a new connection of the same peer")
+        with self._lock:
+            if self._closed:
+                for sock in sockets:
+                    sock.close()
+                return None
+            self._links[member.incarnation] = link
+            attempts = list(self._attempts.values())
+            link.start()
+        for attempt in attempts:
+            attempt.linked(link)
+        return link
+
+    # What links tell (links.Hooks).
+
+    def route(self, link: Link, header: Header, scratch: Scratch) -> Part | None:
+        """Where a frame's payload goes."""
+        key = header.key
+        if header.kind is Kind.READY and not header.length:
+            with self._lock:
+                link.remember_ready(key)
+                attempt = self._attempts.get(key)
+            if attempt is not None:
+                attempt.ready(link)
+            return None
+        if header.kind not in (Kind.SCATTER, Kind.GATHER):
+            raise FrameError(f"a {header.kind.name} frame has no place on a link")
+        attempt = self._attempts.get(key)
+        return None if attempt is None else attempt.place(link, header, scratch)
+
+    def lost(self, link: Link) -> None:
+        """A link died: build it again where nothing was lost yet, and tell the attempts that need it."""
+        incarnation = link.member.incarnation
+        with self._lock:
+            if self._links.get(incarnation) is link:
+                del self._links[incarnation]
+            self._dead.append(link)
+            attempts = list(self._attempts.values())
+        again = [attempt.unlink(link) for attempt in attempts]
+        if any(again) and not self._closed:
+            self._ensure(link.member)
+        self._porter.ring()
+
+    def observe(self, progress: Progress) -> None:
+        """Pass progress on to the hook."""
+        if self._observer is not None:
+            self._observer(progress)
+
+    # What the porter asks (handshake.House).
+
+    def examine(self, header: Header, hello: Hello) -> tuple[Refusal, str] | None:
+        """Why a HELLO is refused, or None."""
+        if header.run != self._self.run:
+            return Refusal.DENIED, "this port belongs to another run"
+        if hello.expected != self.member.incarnation:
+            return Refusal.GONE, f"incarnation {hello.expected} of {self.member.name} is over"
+        if hello.purpose is Purpose.LINK and header.incarnation in self._retired:
+            return Refusal.DENIED, "the view no longer contains you"
+        if hello.chunk_bytes != self.options.chunk_bytes:
+            return Refusal.DENIED, f"chunk_bytes is {self.options.chunk_bytes} here: use the same on all members"
+        return None
+
+    def arrived(self, incarnation: int, sockets: list[socket.socket]) -> None:
+        """A link came in: use it, or keep it until somebody names that incarnation."""
+        with self._lock:
+            member = self._known.get(incarnation)
+            if member is None:
+                former = self._parked.pop(incarnation, None)
+                self._parked[incarnation] = _Parked(sockets, time.monotonic() + self.options.parked_seconds)
+                while len(self._parked) > self.options.parked_links:
+                    self._parked.popitem(last=False)[1].close()
+                if former is not None:
+                    former.close()
+                return
+        self._establish(member, sockets)
+
+    def fetcher(self, sock: socket.socket) -> bool:
+        """Somebody wants to fetch."""
+        return self._library.serve(sock)
+
+    def sweep(self) -> None:
+        """Bury dead links, look at live ones, let go of what nobody asked for."""
+        now = time.monotonic()
+        with self._lock:
+            dead = [link for link in self._dead if link.ended]
+            self._dead = [link for link in self._dead if link not in dead]
+            links = list(self._links.values())
+            for late in [each for each, parked in self._parked.items() if parked.deadline < now]:
+                self._parked.pop(late).close()
+            for key in [key for key, each in self._attempts.items() if each.finished and not each.serving]:
+                del self._attempts[key]
+        for link in links:
+            link.check_path()
+        self._bury(dead)
+
+    def _bury(self, dead: list[Link]) -> None:
+        for link in dead:
+            link.reap()
+            with self._lock:
+                self._stale += link.stale_frames
+                self._corrupt += link.corrupt_frames
+
+    # Attempts.
+
+    def run(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> Done | Failed:
+        """Execute one attempt. Blocks; obeys `abort` from other threads, and Ctrl-C.
+
+        source: flat contiguous float32 CPU tensor of start.elements, read only; None on a receiver. result: the same
+        shape, must not overlap source; holds the result after Done, and garbage after Failed. Bad arguments, and a
+        Start that cannot be executed, raise ValueError.
+
+        When a contributor with which there is work is lost, this returns Failed at once, without waiting for others;
+        links that still work stay. After Failed neither tensor is touched any more. After Done on a contributor, the
+        result may still be *read* for receivers until `settle` returns: do not write to it before.
+        """
+        numbers, out = self._check(start, source, result)
+        attempt = Attempt(start, self.member, numbers, out, self)
+        with self._lock:
+            self._check_open()
+            if attempt.key in self._attempts:
+                raise ValueError(f"{start.identity} has been run here already: retry with the next attempt number")
+            if (abort := self._aborts.get(attempt.key)) is not None:
+                self._failed += 1
+                return Failed(identity=start.identity, reason=exchange.aborted_reason(abort))
+            self._attempts[attempt.key] = attempt
+        whole = False
+        try:
+            whole = self._drive(attempt)
+        finally:
+            if not whole:
+                self._withdraw_attempt(attempt)
+        return self._succeeded(attempt, out) if whole else self._fail(attempt)
+
+    def _check(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> tuple[Floats | None, Floats]:
+        exchange.check(start, self.member, self._run_name)
+        contributor = self.member.incarnation in {member.incarnation for member in start.contributors}
+        if contributor != (source is not None):
+            raise ValueError("contributors pass a source; receivers pass source=None")
+        numbers = as_floats(source) if source is not None else None
+        out = as_floats(result)
+        for array in (numbers, out):
+            if array is not None and array.size != start.elements:
+                raise ValueError(f"the start is about {start.elements} elements, the tensor has {array.size}")
+        if numbers is not None and numbers.size and numbers.ctypes.data == out.ctypes.data:
+            raise ValueError("source and result must be different memory: the source is what a retry starts from")
+        return numbers, out
+
+    def _drive(self, attempt: Attempt) -> bool:
+        """Wait for the end; True if the result is whole."""
+        attempt.begin()
+        for peer in list(attempt.peers.values()):
+            link = self._ensure(peer.member)
+            if link is not None:
+                attempt.linked(link)
+        with attempt.condition:
+            while not attempt.settled:
+                attempt.condition.wait(self._patience(attempt))
+            whole = attempt.reason is None and not attempt.failures
+            attempt.finished = whole
+        return whole
+
+    def _patience(self, attempt: Attempt) -> float:
+        """Seconds until the next contributor counts as unreachable; notes those that do already."""
+        now, limit = time.monotonic(), self.options.connect_timeout
+        left = 1.0
+        for member, since in attempt.unlinked():
+            if now - since < limit:
+                left = min(left, limit - (now - since))
+                continue
+            detail = f"no link within {limit:g} s"
+            attempt.unreachable(
+                LinkFailure(peer=member.name, incarnation=member.incarnation, evidence="timeout", detail=detail)
+            )
+            left = 0.0
+        return left
+
+    def _succeeded(self, attempt: Attempt, out: Floats) -> Done:
+        digest = xxh3_128_hexdigest(out.data.cast("B")) if out.size else xxh3_128_hexdigest(b"")
+        with self._lock:
+            self._done += 1
+            if not attempt.serving:
+                self._attempts.pop(attempt.key, None)
+            served = [each for each in self._attempts.values() if each.finished]
+        for old in served[:-_SERVED]:
+            self._withdraw_attempt(old)
+        return Done(identity=attempt.start.identity, digest=digest, record=attempt.record())
+
+    def _fail(self, attempt: Attempt) -> Failed:
+        with attempt.condition:
+            failures, reason = list(attempt.failures.values()), attempt.reason
+        members = {peer.member.incarnation: peer.member for peer in attempt.peers.values()}
+        if reason is None:
+            failures = [probe(self._self, members[each.incarnation], each) for each in failures]
+            reason = "; ".join(f"link to {each.peer}: {each.evidence}" for each in failures)
+        with self._lock:
+            self._failed += 1
+        return Failed(identity=attempt.start.identity, reason=reason, lost=tuple(failures))
+
+    def _withdraw_attempt(self, attempt: Attempt) -> None:
+        with self._lock:
+            if self._attempts.get(attempt.key) is attempt:
+                del self._attempts[attempt.key]
+        attempt.release()
+
+    def settle(self, identity: Identity, timeout: float) -> bool:
+        """After Done: wait until the receivers have what this peer owes them; after that nobody reads the result.
+
+        True if they have it all. False when the time was up: then the rest is not sent, and nobody reads the result
+        either.
+        """
+        with self._lock:
+            attempt = self._attempts.get(frames.key_of(identity))
+        if attempt is None:
+            return True
+        deadline = time.monotonic() + timeout
+        with attempt.condition:
+            while attempt.serving and (left := deadline - time.monotonic()) > 0:
+                attempt.condition.wait(min(left, 1.0))
+            served = not attempt.serving
+        self._withdraw_attempt(attempt)
+        return served
+
+    def abort(self, abort: Abort) -> None:
+        """End an attempt, from any thread: its run() returns Failed promptly, also one that begins later.
+
+        Links to the members in `abort.lost` are cut, so that no thread stays blocked on a frozen one.
+        """
+        key = frames.key_of(abort.identity)
+        with self._lock:
+            self._aborts[key] = abort
+            while len(self._aborts) > _REMEMBERED:
+                self._aborts.popitem(last=False)
+            attempt = self._attempts.get(key)
+            lost = [link for link in self._links.values() if link.member.name in abort.lost]
+        if attempt is not None:
+            attempt.stop(exchange.aborted_reason(abort))
+            if attempt.finished:  # only receivers were still waiting for it
+                self._withdraw_attempt(attempt)
+        for link in lost:
+            link.fail("timeout", f"left out: {abort.reason}")
+
+    # Blobs.
+
+    def publish(self, key: str, parts: Sequence[memoryview | torch.Tensor], digest: str) -> None:
+        """Serve an immutable blob, the parts joined, to whoever fetches it. Its memory must not change until withdrawn.
+
+        digest: xxh3-128 of all its bytes, hexadecimal; not checked here.
+        """
+        self._library.publish(key, Blob(parts, digest))
+
+    def withdraw(self, key: str) -> None:
+        """Serve it no more; on return nobody reads its memory. An unknown key is no error."""
+        self._library.withdraw(key)
+
+    def fetch(
+        self,
+        key: str,
+        sources: Sequence[Member],
+        *,
+        digest: str,
+        timeout: float,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> bytearray:
+        """The blob under `key`, from all sources at once; goes on as long as one of them lives.
+
+        progress: called in this thread with (bytes here, bytes in all). FetchError when no source is left, when the
+        time is up, or when the whole does not have this digest.
+        """
+        reachable = [source for source in sources if source.addresses]
+        fetch = Fetch(self._self, key, reachable, digest, timeout, self.options.stripes)
+        with self._lock:
+            self._check_open()
+            self._fetches.add(fetch)
+        try:
+            return fetch.run(progress)
+        finally:
+            with self._lock:
+                self._fetches.discard(fetch)
+
+    # The end.
+
+    def statistics(self) -> GroupStatistics:
+        """Counts so far."""
+        with self._lock:
+            links = [*self._links.values(), *self._dead]
+            return GroupStatistics(
+                links=tuple(_link_statistics(link) for link in links),
+                done=self._done,
+                failed=self._failed,
+                stale_frames=self._stale + sum(link.stale_frames for link in links),
+                corrupt_frames=self._corrupt + sum(link.corrupt_frames for link in links),
+                serving=sum(attempt.finished for attempt in self._attempts.values()),
+                parked_links=len(self._parked),
+            )
+
+    def close(self) -> None:
+        """End everything: attempts fail, links say goodbye, threads are joined, sockets closed. Twice does no harm."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            attempts, fetches = list(self._attempts.values()), list(self._fetches)
+            dials, threads = list(self._dials.values()), list(self._diallers)
+        for attempt in attempts:
+            attempt.stop("the group was closed")
+        for fetch in fetches:
+            fetch.stop()
+        for dialling in dials:
+            dialling.stop()
+        for thread in threads:
+            thread.join()
+        self._porter.stop()
+        self._library.close()
+        with self._lock:
+            links = list(self._links.values())
+            for parked in self._parked.values():
+                parked.close()
+            self._parked.clear()
+        for link in links:
+            link.close()
+        for attempt in attempts:
+            self._withdraw_attempt(attempt)
+        with self._lock:
+            dead, self._dead = self._dead, []
+        self._bury(dead)
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this group is closed")
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A link of an incarnation that nobody has named yet."""
+
+    sockets: list[socket.socket]
+    deadline: float
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+def _link_statistics(link: Link) -> LinkStatistics:
+    return LinkStatistics(
+        peer=link.member.name,
+        incarnation=link.member.incarnation,
+        state="up" if link.failure is None else link.failure.evidence,
+        stripes=len(link.stripes),
+        bytes_sent=sum(stripe.bytes_sent for stripe in link.stripes),
+        bytes_received=sum(stripe.bytes_received for stripe in link.stripes),
+        seconds_sending=sum(stripe.seconds_sending for stripe in link.stripes),
+        stale_frames=link.stale_frames,
+        corrupt_frames=link.corrupt_frames,
+    )
+
+
+def _check_identity(run: str, name: str, incarnation: int) -> None:
+    if not run or not name:
+        raise ValueError("a group needs the name of its run and of its peer")
+    if not 0 < incarnation < 1 << 63:
+        raise ValueError(f"incarnation {incarnation} is not a positive 63-bit number: use secrets.randbits(63)")
+
+
+def _addresses(port: tuple[str, int] | None, advertise: str | None) -> tuple[str, ...]:
+    if port is None:
+        if advertise is not None:
+            raise ValueError("advertise needs a listener: pass listen='host:port', or leave advertise out")
+        return ()
+    host, number = parse_address(advertise) if advertise is not None else port
+    if host in _WILDCARDS:
+        raise ValueError(f"nobody can dial {host}: pass advertise='host:port' with the address that others reach")
+    return (format_address(host, number or port[1]),)

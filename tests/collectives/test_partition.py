@@ -1,0 +1,66 @@
+"""Who owns which elements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plane import make_start
+
+from collectives import Member
+from collectives.exchange import check, partition
+
+ME = Member(name="a", incarnation=1)
+YOU = Member(name="b", incarnation=2)
+
+
+@given(
+    st.integers(0, 100_000),
+    st.lists(st.integers(0, 100), min_size=1, max_size=9).filter(any),
+    st.sampled_from([16, 256, 1024, 262_144]),
+)
+def test_covers_everything_exactly_once(elements: int, weights: list[int], limit: int) -> None:
+    shares = tuple(weight / sum(weights) for weight in weights)
+    chunks = partition(elements, shares, limit)
+    at = 0
+    for chunk in chunks:
+        assert chunk.start == at and chunk.start < chunk.stop <= chunk.start + limit
+        assert shares[chunk.owner] > 0
+        at = chunk.stop
+    assert at == elements
+    assert [chunk.owner for chunk in chunks] == sorted(chunk.owner for chunk in chunks)
+
+
+@given(st.integers(1000, 100_000), st.lists(st.integers(0, 100), min_size=1, max_size=9).filter(any))
+def test_follows_the_shares(elements: int, weights: list[int]) -> None:
+    shares = tuple(weight / sum(weights) for weight in weights)
+    chunks = partition(elements, shares, 1 << 18)
+    for index, share in enumerate(shares):
+        owned = sum(chunk.stop - chunk.start for chunk in chunks if chunk.owner == index)
+        assert abs(owned - share * elements) <= 32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": "other"}, "other"),
+        ({"pattern": "ring"}, "pattern='direct'"),
+        ({"dtype": "float64"}, "float32"),
+        ({"op": "max"}, "op='sum'"),
+        ({"wire": "int4"}, "bf16"),
+        ({"contributors": (YOU, ME)}, "sorted"),
+        ({"contributors": (YOU,), "shares": (1.0,), "multipliers": (1.0,)}, "no member"),
+        ({"shares": (1.0,)}, "one entry"),
+        ({"shares": (0.5, 0.6)}, "sum to 1"),
+        ({"shares": (1.5, -0.5)}, "non-negative"),
+        ({"multipliers": (1.0, float("nan"))}, "finite"),
+        ({"divisor": 0.0}, "not 0"),
+        ({"elements": -1}, "non-negative"),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(replace(make_start([ME, YOU], 10), **changes), ME, "run")
