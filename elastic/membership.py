@@ -64,6 +64,7 @@ from .messages import (
     StatusRequest,
     View,
     Welcome,
+    Withdraw,
 )
 from .rounds import Operation, Pair, Phase
 from .shards import ShardTable
@@ -311,6 +312,8 @@ class Membership:
                 self._done(name, message, now)
             case FailedReport():
                 self._failed(name, message, now)
+            case Withdraw():
+                self._withdrawn(name, message, now)
             case Enter():
                 self._enter(name, message, now)
             case Applied():
@@ -666,6 +669,19 @@ class Membership:
             self._abort(operation, message.reason or "a member failed", now)
         self._consider(operation, now)
 
+    def _withdrawn(self, name: str, message: Withdraw, now: float) -> None:
+        operation = self.operations.get(message.tag)
+        proposal = operation.proposals.get(name) if operation else None
+        if operation is None or proposal is None or proposal.sequence != message.sequence:
+            return
+        if operation.in_attempt(name):
+            operation.withdrawn.add(name)
+            operation.answered.add(name)
+            operation.done.pop(name, None)
+            if operation.phase is Phase.RUNNING:
+                self._abort(operation, f"{name} no longer waits", now)
+        self._withdraw(operation, name, now)
+
     def _withdraw(self, operation: Operation, name: str, now: float) -> None:
         """The peer has left the view or the loop. What it contributed to a running attempt may still count (rule 8)."""
         operation.late.pop(name, None)
@@ -748,11 +764,12 @@ class Membership:
     def _retry(self, operation: Operation, now: float) -> None:
         answered = {
             name for name in operation.contributors()
-            if name in operation.answered and self._in_attempt_alive(operation, name)
+            if name in operation.answered - operation.withdrawn and self._in_attempt_alive(operation, name)
         }  # fmt: skip
         lost = [name for name in operation.contributors() if name not in answered]
         self._note_cuts(operation, answered, now)
         operation.lost.extend(lost)
+        operation.withdrawn.clear()
         for name in lost:
             operation.proposals.pop(name, None)
         self._emit("round.shrunk" if lost else "round.aborted", tag=operation.tag, round=operation.round,

@@ -131,6 +131,14 @@ class FailedReport(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Withdraw(Message):
+    """The caller no longer waits for the operation that it proposed as `sequence`: go on without it."""
+
+    tag: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leave(Message):
     reason: str = "left"
 
@@ -431,7 +439,7 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Join, Heartbeat, Propose, DoneReport, FailedReport, Leave, Enter, Exit, Applied, LeaseRequest, Gone,
+        Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest, Gone,
         StatusRequest,
     )
 }  # fmt: skip

@@ -50,6 +50,7 @@ class Operation:
     answered: set[str] = field(default_factory=set)
     failures: dict[str, tuple[LinkFailure, ...]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
+    withdrawn: set[str] = field(default_factory=set)
 
     @property
     def outer(self) -> bool:

@@ -1,0 +1,121 @@
+"""elastic: train one model on machines that come and go, over the ordinary internet.
+
+    with elastic.Peer("tcp://host:29400", run="c4-1b", name="eu-1") as peer:
+        with elastic.DiLoCo(model, inner, peer, sync_every=100) as outer:
+            ...
+
+Names are imported when they are first used, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+
+import fault as _below
+
+if TYPE_CHECKING:
+    from .config import JoinToken, RunPolicy, Timeouts
+    from .coordinator import Coordinator
+    from .errors import (
+        AuthenticationFailed,
+        CheckpointMismatch,
+        CollectiveError,
+        ConfigurationError,
+        CoordinatorUnavailable,
+        ElasticError,
+        Evicted,
+        MembershipError,
+        NoSource,
+        NotEnoughPeers,
+        ParityError,
+        RoundAborted,
+        StateError,
+        TransferInterrupted,
+        TransportError,
+        VersionMismatch,
+    )
+    from .outer.diloco import DiLoCo
+    from .outer.engine import OuterLoop
+    from .outer.optimizers import SGD, Nesterov
+    from .peer import Peer, PeerView, Reduced, Work
+
+if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).parents[1]:
+    raise ImportError(
+        f"the folder {next(iter(_below.__path__))} shadows elastic's package 'fault': rename it or move away"
+    )
+
+_HOMES = {
+    **dict.fromkeys(("JoinToken", "RunPolicy", "Timeouts"), "config"),
+    "Coordinator": "coordinator",
+    **dict.fromkeys(
+        (
+            "AuthenticationFailed",
+            "CheckpointMismatch",
+            "CollectiveError",
+            "ConfigurationError",
+            "CoordinatorUnavailable",
+            "ElasticError",
+            "Evicted",
+            "MembershipError",
+            "NoSource",
+            "NotEnoughPeers",
+            "ParityError",
+            "RoundAborted",
+            "StateError",
+            "TransferInterrupted",
+            "TransportError",
+            "VersionMismatch",
+        ),
+        "errors",
+    ),
+    "DiLoCo": "outer.diloco",
+    "OuterLoop": "outer.engine",
+    **dict.fromkeys(("SGD", "Nesterov"), "outer.optimizers"),
+    **dict.fromkeys(("Peer", "PeerView", "Reduced", "Work"), "peer"),
+}
+
+__all__ = [
+    "AuthenticationFailed",
+    "CheckpointMismatch",
+    "CollectiveError",
+    "ConfigurationError",
+    "Coordinator",
+    "CoordinatorUnavailable",
+    "DiLoCo",
+    "ElasticError",
+    "Evicted",
+    "JoinToken",
+    "MembershipError",
+    "Nesterov",
+    "NoSource",
+    "NotEnoughPeers",
+    "OuterLoop",
+    "ParityError",
+    "Peer",
+    "PeerView",
+    "Reduced",
+    "RoundAborted",
+    "RunPolicy",
+    "SGD",
+    "StateError",
+    "Timeouts",
+    "TransferInterrupted",
+    "TransportError",
+    "VersionMismatch",
+    "Work",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'elastic' has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,137 @@
+"""A peer's line to its coordinator: one DEALER socket, owned by one thread.
+
+The thread beats the heart, hands incoming messages to the peer, and survives whatever the coordinator does: ZeroMQ
+reconnects by itself, and everything that matters is asked for again until it is answered.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from .coordinator import identity
+from .messages import FROM_COORDINATOR, MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
+
+
+class Control:
+    """Connects to `address` as (name, incarnation).
+
+    on_message runs on the control thread and must not block; on_beat, called every `heartbeat` seconds, returns the
+    message to send or None.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        name: str,
+        incarnation: int,
+        *,
+        heartbeat: float,
+        on_message: Callable[[Any], None],
+        on_beat: Callable[[], Message | None],
+    ) -> None:
+        self.heard_at = time.monotonic()
+        self.failure: BaseException | None = None
+        self._heartbeat, self._on_message, self._on_beat = heartbeat, on_message, on_beat
+        self._outbox: deque[Message] = deque()
+        self._stopping = False
+        self._context = zmq.Context()
+        self._socket = self._connect(address, identity(name, incarnation))
+        wake = f"inproc://wake-{id(self)}"
+        self._waker, self._wakee = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._wakee.bind(wake)
+        self._waker.connect(wake)
+        self._wake_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._loop, name=f"elastic-control-{name}", daemon=True)
+        self._thread.start()
+
+    def _connect(self, address: str, own: bytes) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, own)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 15)
+        socket.connect(address)
+        return socket
+
+    def send(self, message: Message) -> None:
+        """Queues a message, from any thread. Delivery is not certain: askers ask again."""
+        self._outbox.append(message)
+        with self._wake_lock:
+            if not self._stopping:
+                self._waker.send(b"")
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakee, zmq.POLLIN)
+        next_beat = 0.0
+        try:
+            while not self._stopping:
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + self._heartbeat
+                    self._beat()
+                wait = max(0.0, next_beat - time.monotonic())
+                ready = dict(poller.poll(int(wait * 1000) + 1))
+                self._turn(ready)
+        except BaseException as error:
+            self.failure = error
+            raise
+        finally:
+            self._flush()
+            self._socket.close()
+            self._wakee.close()
+
+    def _turn(self, ready: dict[Any, int]) -> None:
+        if self._wakee in ready:
+            self._wakee.recv()
+        self._flush()
+        while self._socket in ready:
+            try:
+                self._handle(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def _beat(self) -> None:
+        message = self._on_beat()
+        if message is not None:
+            self._outbox.append(message)
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                self._socket.send(encode(self._outbox[0]), zmq.NOBLOCK)
+            except zmq.Again:  # nobody there and the queue is full: keep what is newest, it will be asked for again
+                while len(self._outbox) > 1000:
+                    self._outbox.popleft()
+                return
+            self._outbox.popleft()
+
+    def _handle(self, data: bytes) -> None:
+        try:
+            message = decode(data, FROM_COORDINATOR)
+        except MessageError:
+            return
+        self.heard_at = time.monotonic()
+        self._on_message(message)
+
+    def close(self) -> None:
+        """Sends what is queued, if it can, and ends the thread."""
+        with self._wake_lock:
+            if not self._stopping:
+                self._stopping = True
+                self._waker.send(b"")
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            self._waker.close()
+            self._context.term()

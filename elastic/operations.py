@@ -1,0 +1,210 @@
+"""One operation as its caller lives it: propose, execute attempts, wait for the final word.
+
+`Operation.run` stays in the caller's thread and decides nothing: the coordinator starts, aborts and commits attempts,
+the group executes them, and whatever is unanswered is asked again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from collectives.records import Done, Failed, Identity, OperationRecord, Start
+
+from . import errors
+from .errors import CoordinatorUnavailable, ElasticError, NotEnoughPeers, RoundAborted
+from .messages import (
+    Base,
+    Begin,
+    Cancel,
+    Commit,
+    DoneReport,
+    FailedReport,
+    Message,
+    Propose,
+    Refused,
+    RoundFailed,
+    Withdraw,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from collectives.records import Abort
+
+ASK_AGAIN_SECONDS = 1.0
+
+Inbox = queue.SimpleQueue[Any]
+
+
+class Executor(Protocol):
+    """The part of `collectives.Group` that executes attempts."""
+
+    def run(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> Done | Failed: ...
+
+    def abort(self, abort: Abort) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Put into every inbox when a new generation of the coordinator has taken this peer in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an operation ended.
+
+    counted: the committed result holds this peer's numbers. held: the result is in this peer's buffer.
+    base: set instead of a commit if the peer is so far behind that it must fetch the state anew.
+    """
+
+    commit: Commit | None
+    counted: bool
+    held: bool
+    attempts: int
+    record: OperationRecord | None = None
+    base: Base | None = None
+
+
+def refusal(refused: Refused, peer: str) -> ElasticError:
+    """The exception that a refusal stands for."""
+    kind = getattr(errors, refused.error, ElasticError)
+    error: ElasticError = kind(refused.reason, peer=peer, epoch=refused.epoch)
+    return error
+
+
+class Operation:
+    """source: flat tensor of numbers, never written. result: flat tensor that holds the reduction once committed."""
+
+    def __init__(
+        self,
+        proposal: Propose,
+        source: torch.Tensor,
+        result: torch.Tensor,
+        *,
+        name: str,
+        inbox: Inbox,
+        group: Executor,
+        send: Callable[[Message], None],
+        finished_round: int = -1,
+        silent_for: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._proposal, self._source, self._result = proposal, source, result
+        self._name, self._inbox, self._group, self._send = name, inbox, group, send
+        self._finished_round, self._silent_for = finished_round, silent_for
+        self._pending: Message = proposal
+        self._done: Done | None = None
+        self._ended: Identity | None = None
+        self._attempts = 0
+
+    def run(self, timeout: float) -> Outcome:
+        """Waits for the commit, taking part in as many attempts as it needs. Obeys Ctrl-C.
+
+        Raises RoundAborted if the round is given up, ParityError and the like if it is refused, NotEnoughPeers or
+        CoordinatorUnavailable after `timeout` seconds. In each case the source is untouched and the run goes on
+        without this contribution.
+        """
+        deadline = time.monotonic() + timeout
+        self._send(self._pending)
+        try:
+            while True:
+                outcome = self._handle(self._next(deadline))
+                if outcome is not None:
+                    return outcome
+        except BaseException:
+            self._send(self._stamped(Withdraw, sequence=self._proposal.sequence))
+            raise
+
+    def _next(self, deadline: float) -> Any:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                return self._inbox.get(timeout=max(0.001, min(left, ASK_AGAIN_SECONDS)))
+            except queue.Empty:
+                if left <= 0:
+                    raise self._too_late() from None
+                self._send(self._pending)
+
+    def _too_late(self) -> ElasticError:
+        if self._silent_for() > ASK_AGAIN_SECONDS * 3:
+            return CoordinatorUnavailable(f"the coordinator has not answered for {self._silent_for():.0f} s")
+        return NotEnoughPeers(f"{self._proposal.tag}: the round did not come together in time; are enough peers there?")
+
+    def _handle(self, message: Any) -> Outcome | None:
+        match message:
+            case Begin() if message.start.round > self._finished_round:
+                self._attempt(message.start)
+            case Cancel() if message.abort.round > self._finished_round:
+                self._acknowledge(message.abort)
+            case Commit() if message.round > self._finished_round:
+                return self._judge(message)
+            case Base():
+                return Outcome(None, False, False, self._attempts, base=message)
+            case RoundFailed() if not 0 <= message.round <= self._finished_round:
+                raise RoundAborted(message.reason, peer=self._name, round=message.round, epoch=message.epoch)
+            case Refused() if message.sequence in (-1, self._proposal.sequence):
+                raise refusal(message, self._name)
+            case Renewed():
+                self._ask_anew()
+            case ElasticError():
+                raise message
+        return None
+
+    def _attempt(self, start: Start) -> None:
+        if self._done is not None and self._done.identity == start.identity:
+            self._send(self._pending)
+            return
+        self._attempts += 1
+        self._done = None
+        self._proposal = dataclasses.replace(self._proposal, round=start.round)
+        giving = any(member.name == self._name for member in start.contributors)
+        outcome = self._group.run(start, self._source if giving else None, self._result)
+        if isinstance(outcome, Done):
+            self._done = outcome
+            self._pending = self._stamped(
+                DoneReport, round=start.round, attempt=start.attempt, digest=outcome.digest, generation=start.generation
+            )
+            self._send(self._pending)
+        else:
+            self._end(start.identity, outcome)
+
+    def _end(self, identity: Identity, failed: Failed) -> None:
+        self._ended = identity
+        self._pending = self._proposal
+        report = self._stamped(
+            FailedReport,
+            round=identity.round,
+            attempt=identity.attempt,
+            generation=identity.generation,
+            reason=failed.reason,
+            lost=failed.lost,
+        )
+        self._send(report)
+
+    def _acknowledge(self, abort: Abort) -> None:
+        """The attempt is over everywhere. A result that this peer already holds does not count."""
+        if abort.identity == self._ended:
+            return
+        if self._done is not None and self._done.identity == abort.identity:
+            self._done = None
+        self._end(abort.identity, Failed(identity=abort.identity, reason="aborted"))
+
+    def _ask_anew(self) -> None:
+        # votes are not journaled: the new generation gets the proposal again, and starts or knows the round
+        self._pending = self._proposal
+        self._send(self._pending)
+
+    def _judge(self, commit: Commit) -> Outcome:
+        named = self._name in commit.contributors
+        held = self._done is not None and self._done.digest == commit.digest
+        record = self._done.record if self._done else None
+        return Outcome(commit, named, held, self._attempts, record)
+
+    def _stamped(self, kind: type[Any], **fields: Any) -> Any:
+        proposal = self._proposal
+        common = {"run": proposal.run, "incarnation": proposal.incarnation, "epoch": proposal.epoch}
+        return kind(**common | {"generation": proposal.generation, "tag": proposal.tag} | fields)

@@ -1,0 +1,1 @@
+"""Outer loops: one engine, one small file per algorithm."""

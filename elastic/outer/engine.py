@@ -1,0 +1,430 @@
+"""The engine under all outer loops: when a fragment is exchanged, with whom, and how the result is applied.
+
+Its hands are optimizer hooks: after each inner step it counts, applies what others committed meanwhile, and, when it
+is time, exchanges. An algorithm (`diloco.py`) says what is sent, what the result does to the outer state, and what the
+local parameters become. Everything that goes wrong surfaces in the training script's own call of `inner.step()`.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import xxhash
+
+from collectives import FetchError
+
+from ..errors import CheckpointMismatch, ConfigurationError, ElasticError, NoSource, RoundAborted, TransferInterrupted
+from ..messages import Applied, Base, Commit, Enter, Exit, Open, OperationSpec, Refused
+from ..operations import Inbox, Outcome, refusal
+from .optimizers import OuterOptimizer
+from .state import Layout, Version, as_bytes
+
+if TYPE_CHECKING:
+    from ..peer import Peer
+
+ENTER_TRIES = 20
+
+
+class OuterLoop:
+    """Base of the outer loops; use one of its subclasses, as a context around the training loop.
+
+    model: its trainable float32 CPU parameters are trained. inner: the optimizer that the script steps; its state stays
+    local. sync_every: inner steps between exchanges (H). outer: the outer optimizer. wire: how numbers travel.
+    max_staleness: a peer that missed more rounds than this starts again from the outer parameters, and its samples are
+    read again. keep_results: results of how many rounds are kept for peers that were left out of them.
+    timeout: seconds to wait for a round; by default the peer's `timeouts.round`.
+
+    On entering, the peer fetches the run's outer state into the model, or founds the run with its own. When a round
+    goes on without this peer it applies the result itself and keeps what it has learned for the next; a round that
+    fails leaves everything as it was. Memory: outer parameters and momentum, twice (two versions are kept for
+    joiners), the pseudo-gradient, and `keep_results` results, all float32.
+    """
+
+    algorithm = ""
+    replicated = True
+    """Whether the outer state is bit-identical on all peers (gossip loops will say False)."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        inner: torch.optim.Optimizer,
+        peer: Peer,
+        *,
+        sync_every: int,
+        outer: OuterOptimizer,
+        wire: str = "f32",
+        max_staleness: int = 4,
+        keep_results: int = 2,
+        timeout: float | None = None,
+        tag: str = "outer",
+    ) -> None:
+        for name, value in (
+            ("sync_every", sync_every),
+            ("max_staleness", max_staleness),
+            ("keep_results", keep_results),
+        ):
+            if not (isinstance(value, int) and value >= 1):
+                raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        self.model, self.inner, self.peer, self.tag = model, inner, peer, tag
+        self.sync_every, self.outer, self.wire = sync_every, outer, wire
+        self.max_staleness, self.keep_results, self.timeout = max_staleness, keep_results, timeout
+        self.layout = Layout(model)
+        self.spec = OperationSpec(
+            op="mean",
+            dtype="float32",
+            elements=self.layout.elements,
+            wire=wire,
+            algorithm=f"{self.algorithm}({outer.description})",
+            fingerprint=self.layout.fingerprint,
+        )
+        self.steps = 0
+        self.last_commit: Commit | None = None
+        self._version: Version | None = None
+        self._published: deque[str] = deque()
+        self._results: deque[str] = deque()
+        self._since_applied = 0
+        self._missed = 0
+        self._weight = 0.0
+        self._opened = False
+        self._inbox: Inbox | None = None
+        self._context: Any = None
+        self._hook: Any = None
+
+    # --- what an algorithm says -------------------------------------------------------------------------------------
+
+    def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
+        """What this peer sends: a flat float32 vector."""
+        raise NotImplementedError
+
+    def advance(self, version: Version, mean: torch.Tensor) -> Version:
+        """The next version of the outer state, from the committed mean."""
+        raise NotImplementedError
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> Version:
+        """The outer state that this peer holds. Raises ConfigurationError outside the context."""
+        if self._version is None:
+            raise ConfigurationError(f"enter the loop first: with {self.algorithm}(...) as outer: ...")
+        return self._version
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its target."""
+        return self.peer.progress.finished
+
+    def __enter__(self) -> Self:
+        self._context = self.peer.inbox(self.tag)
+        self._inbox = self._context.__enter__()
+        try:
+            self._fetch_base()
+            self.layout.write(self.version.parameters)
+            self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Makes one last full exchange and loads the outer parameters into the model; after an error, only leaves."""
+        try:
+            if kind is None:
+                self.flush()
+                self.layout.write(self.version.parameters)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self.peer.send(Exit(run=self.peer.run, tag=self.tag))
+        self._context.__exit__()
+        self._inbox = None
+
+    # --- the inner loop's hook ----------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        self.steps += 1
+        self._since_applied += 1
+        self._weight += self.peer.stepped()
+        self.peer.report(step=self.steps, state="training")
+        self._take_messages()
+        if not self.finished and (self._since_applied >= self.sync_every or self._opened):
+            self._exchange()
+
+    def _take_messages(self) -> None:
+        """Applies what came while training: rounds that went on without this peer, and the call to a round."""
+        assert self._inbox is not None
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._take(message)
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case Open():
+                self._opened = message.round > self._last_round()
+            case Commit():
+                self._catch_up(message)
+            case Base() if message.version > self.version.number:
+                self._start_over(message)
+            case Refused():
+                raise refusal(message, self.peer.name)
+            case ElasticError():
+                raise message
+
+    def _last_round(self) -> int:
+        return self.last_commit.round if self.last_commit else -1
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Exchanges now what has been learned since the last round; returns at once if that is nothing."""
+        self._take_messages()
+        if self._weight > 0 and not self.finished:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self._inbox is not None
+        self.peer.report(state="exchanging")
+        source = self.contribution(self.version, self.layout.read())
+        result = torch.empty_like(source)
+        proposal = self.peer.proposal(
+            self.tag,
+            self.spec,
+            weight=self._weight,
+            cursors=self.peer.cursors,
+            base_version=self.version.number,
+            base_hash=self.version.state_hash,
+        )
+        try:
+            outcome = self.peer.operate(proposal, source, result, self._inbox, self.timeout)
+        except RoundAborted:
+            if not self.finished:
+                self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
+            return
+        self._conclude(outcome, result, proposal.weight, proposal.cursors)
+
+    def _conclude(self, outcome: Outcome, result: torch.Tensor, weight: float, cursors: dict[int, int]) -> None:
+        if outcome.base is not None:
+            self._start_over(outcome.base)
+            return
+        commit = outcome.commit
+        assert commit is not None
+        if outcome.counted:
+            self._weight -= weight
+            self.peer.committed(cursors)
+        if commit.skipped:
+            self._note(commit)
+        else:
+            self._apply(commit, result if outcome.held else self._pull(commit), counted=outcome.counted)
+
+    def _catch_up(self, commit: Commit) -> None:
+        """A round was committed while this peer was not waiting for it."""
+        if commit.round <= self._last_round() or commit.version <= self.version.number:
+            return
+        if commit.version > self.version.number + 1:
+            self._fetch_and_start_over()
+        else:
+            self._apply(commit, self._pull(commit), counted=False)
+
+    def _apply(self, commit: Commit, mean: torch.Tensor | None, *, counted: bool) -> None:
+        """mean: the committed result, or None if nobody could give it: then the state itself is fetched."""
+        if mean is None:
+            self._fetch_and_start_over()
+            return
+        before = self.version
+        self._adopt(self.advance(before, mean))
+        self._keep_result(mean)
+        self._note(commit)
+        if counted:
+            self._missed = 0
+            self.layout.write(self.version.parameters)
+        else:
+            self._rebase(before)
+
+    def _rebase(self, before: Version) -> None:
+        """Rule 5: what this peer has learned stays, measured from the new outer parameters; not for ever, though."""
+        self._missed += 1
+        if self._missed > self.max_staleness:
+            self._reset()
+        else:
+            self.layout.add(torch.sub(self.version.parameters, before.parameters))
+
+    def _reset(self) -> None:
+        self.layout.write(self.version.parameters)
+        self.peer.rewind()
+        self._weight, self._missed, self._since_applied = 0.0, 0, 0
+
+    def _note(self, commit: Commit) -> None:
+        self.last_commit = commit
+        self._since_applied, self._opened = 0, False
+        self.peer.finish(self.tag, commit.round)
+        self.peer.events.emit(
+            "round.applied",
+            round=commit.round,
+            version=self.version.number,
+            contributed=self.peer.name in commit.contributors,
+            state_hash=self.version.state_hash,
+        )
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _key(self, kind: str, version: int) -> str:
+        return f"{kind}/{self.tag}/0/{version}"
+
+    def _adopt(self, version: Version) -> None:
+        """Makes `version` the current one: served to joiners, announced to the coordinator."""
+        self._version = version
+        key = self._key("state", version.number)
+        self.peer.group.publish(key, [version.parameters, version.momentum], version.state_hash)
+        _turn_over(self._published, key, 2, self.peer.group.withdraw)
+        applied = Applied(
+            run=self.peer.run, tag=self.tag, fragment=0, version=version.number, state_hash=version.state_hash
+        )
+        self.peer.hold(applied)
+
+    def _keep_result(self, mean: torch.Tensor) -> None:
+        key = self._key("result", self.version.number)
+        digest = xxhash.xxh3_128_hexdigest(as_bytes(mean))
+        self.peer.group.publish(key, [mean], digest)
+        _turn_over(self._results, key, self.keep_results, self.peer.group.withdraw)
+
+    def _pull(self, commit: Commit) -> torch.Tensor | None:
+        """Rule 5: the committed result, from those who hold it."""
+        sources = [member for member in commit.sources if member.name != self.peer.name]
+        if not sources:
+            return None
+        try:
+            data = self.peer.group.fetch(
+                self._key("result", commit.version), sources, digest=commit.digest, timeout=self.peer.timeouts.operation
+            )
+        except FetchError:
+            return None
+        return torch.frombuffer(data, dtype=torch.float32)
+
+    def _fetch_and_start_over(self) -> None:
+        self._fetch_base()
+        self._reset()
+
+    def _start_over(self, base: Base) -> None:
+        """This peer is too far behind for single results: it takes the state, and its samples are read again."""
+        if self._try_base(base):
+            self._reset()
+        else:
+            self._fetch_and_start_over()
+
+    def _fetch_base(self) -> None:
+        """Gets the run's outer state from its holders, or founds it. Raises NoSource, TransferInterrupted."""
+        own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
+        for _ in range(ENTER_TRIES):
+            if self._try_base(self._ask_base(own), own):
+                return
+        raise TransferInterrupted(f"no source lasted long enough to give the outer state of {self.tag}")
+
+    def _ask_base(self, own: Version) -> Base:
+        assert self._inbox is not None
+        enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=own.state_hash)
+        base = self.peer.ask(enter, self._inbox, Base, self.timeout or self.peer.timeouts.round)
+        assert isinstance(base, Base)
+        return base
+
+    def _try_base(self, base: Base, own: Version | None = None) -> bool:
+        """Takes the state that `base` names; False if its sources went away."""
+        for version in (own, self._version):
+            if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
+                self._adopt(version)
+                return True
+        sources = [member for member in base.sources if member.name != self.peer.name]
+        if not sources:
+            if base.version:
+                raise NoSource(f"nobody alive holds version {base.version} of {self.tag}", peer=self.peer.name)
+            return False
+        return self._fetch(base, sources)
+
+    def _fetch(self, base: Base, sources: list[Any]) -> bool:
+        self.peer.report(state="fetching")
+        began = time.monotonic()
+        try:
+            data = self.peer.group.fetch(
+                self._key("state", base.version),
+                sources,
+                digest=base.state_hash,
+                timeout=self.peer.timeouts.operation,
+            )
+        except FetchError:
+            return False
+        if len(data) != 8 * self.layout.elements:
+            raise CheckpointMismatch(
+                f"fetched {len(data)} bytes of state for a model of {self.layout.elements} numbers"
+            )
+        self._adopt(Version.from_bytes(base.version, data))
+        self.peer.events.emit(
+            "state.fetched",
+            version=base.version,
+            bytes=len(data),
+            seconds=round(time.monotonic() - began, 4),
+            sources=[member.name for member in sources],
+        )
+        return True
+
+    # --- for the script -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[torch.nn.Module]:
+        """The model with the outer parameters in it; the local ones come back afterwards."""
+        local = self.layout.read()
+        self.layout.write(self.version.parameters)
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train(training)
+            self.layout.write(local)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The outer state and this peer's place in the round, defined between any two inner steps."""
+        return {
+            "algorithm": self.spec.algorithm,
+            "fingerprint": self.layout.fingerprint,
+            "version": self.version.number,
+            "parameters": self.version.parameters.clone(),
+            "momentum": self.version.momentum.clone(),
+            "local": self.layout.read(),
+            "steps": self.steps,
+            "since_applied": self._since_applied,
+            "missed": self._missed,
+            "weight": self._weight,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`. Raises CheckpointMismatch for another model or algorithm; then nothing changes."""
+        for what, ours in (("algorithm", self.spec.algorithm), ("fingerprint", self.layout.fingerprint)):
+            if state[what] != ours:
+                raise CheckpointMismatch(f"the state's {what} is {state[what]!r}, this loop's is {ours!r}")
+        self._version = Version(state["version"], state["parameters"].clone(), state["momentum"].clone())
+        self.layout.write(state["local"])
+        self.steps, self._since_applied = state["steps"], state["since_applied"]
+        self._missed, self._weight = state["missed"], state["weight"]
+
+
+def _turn_over(keys: deque[str], key: str, kept: int, withdraw: Any) -> None:
+    if key in keys:
+        return
+    keys.append(key)
+    while len(keys) > kept:
+        withdraw(keys.popleft())

@@ -1,0 +1,754 @@
+"""A member of a run: what a training script talks to.
+
+    with elastic.Peer("tcp://host:29400", run="c4-1b", name="eu-1") as peer:
+        result = peer.all_reduce(tensor, op="mean")
+
+A peer owns one control connection, one `collectives.Group`, and its place in the data. All public calls may be made
+from any thread; those that wait take a timeout in seconds and obey Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from collectives import Group, GroupStatistics, LinkOptions
+from collectives.records import Member, Progress
+
+from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
+from .control import Control
+from .errors import (
+    ConfigurationError,
+    CoordinatorUnavailable,
+    ElasticError,
+    Evicted,
+    NotEnoughPeers,
+    ParityError,
+    RoundAborted,
+)
+from .events import EventLog
+from .messages import (
+    Applied,
+    Base,
+    Begin,
+    Cancel,
+    Commit,
+    CommitNote,
+    DoneReport,
+    Expelled,
+    FailedReport,
+    Gone,
+    Heartbeat,
+    Join,
+    LeaseRequest,
+    Leases,
+    Leave,
+    Message,
+    Open,
+    OperationSpec,
+    PeerStatus,
+    Pong,
+    Propose,
+    Refused,
+    Represent,
+    RoundFailed,
+    RunProgress,
+    View,
+    Welcome,
+)
+from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal
+from .shards import Layout, ShardReader
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+KEPT_NOTES = 16
+OPS = ("sum", "mean")
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """The membership as this peer last heard it. members are sorted by name."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """Result of an all-reduce. tensor: shape and dtype of the input; contributors: whose numbers are in it."""
+
+    tensor: torch.Tensor
+    contributors: tuple[str, ...]
+    round: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatistics:
+    """epoch, life, members: as last heard. rounds, tokens: committed by the run. coordinator_silence: seconds."""
+
+    epoch: int
+    life: int
+    members: int
+    rounds: int
+    tokens: int
+    operations_waiting: int
+    coordinator_silence: float
+    group: GroupStatistics
+
+
+class Work:
+    """A running all-reduce. `wait` returns its result or raises what went wrong."""
+
+    def __init__(self, call: Callable[[], Reduced]) -> None:
+        self._result: Reduced | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), name="elastic-all-reduce", daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], Reduced]) -> None:
+        try:
+            self._result = call()
+        except BaseException as error:
+            self._error = error
+
+    def wait(self, timeout: float | None = None) -> Reduced:
+        """Raises TimeoutError if it still runs after `timeout` seconds; it goes on, and can be waited for again."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the all-reduce is still running after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+
+class Peer:
+    """Joins the run `run` at `coordinator` (tcp://HOST:PORT) as `name`, and returns once admitted.
+
+    token: elastic://HOST:PORT/RUN or @FILE instead of coordinator and run; so is ELASTIC_JOIN.
+    listen, advertise: HOST:PORT of the data listener, and what others dial if that differs; listen="" only dials out.
+    stripes: TCP connections per link. events_dir: folder for this peer's event log.
+    observe: called with a `Progress` for each chunk received (fault injection, progress bars); must not block.
+
+    A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
+    (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
+    is back; if this peer is expelled, every waiting and later call raises Evicted.
+    """
+
+    def __init__(
+        self,
+        coordinator: str | None = None,
+        *,
+        run: str | None = None,
+        name: str | None = None,
+        token: str | None = None,
+        site: str | None = None,
+        listen: str | None = None,
+        advertise: str | None = None,
+        stripes: int | None = None,
+        timeouts: Timeouts | None = None,
+        events_dir: Path | str | None = None,
+        observe: Callable[[Progress], None] | None = None,
+        join_timeout: float = 30.0,
+    ) -> None:
+        env = environment()
+        where = _where(coordinator, run, token, env)
+        self.run = where.run
+        self.name = check_name("peer", name or env.get("ELASTIC_NAME") or _own_name())
+        self.site = check_name("site", site or env.get("ELASTIC_SITE") or "local")
+        self.timeouts = timeouts or Timeouts()
+        self.incarnation = secrets.randbits(63) | 1
+        self.life = 0
+        self.progress = RunProgress()
+        self._status = PeerStatus()
+        self._changed = threading.Condition()
+        self._members: dict[str, Member] = {}
+        self._generation = self._generation_welcomed = self._epoch = 0
+        self._fatal: ElasticError | None = None
+        self._inboxes: dict[str, Inbox] = {}
+        self._leases: Inbox = queue.SimpleQueue()
+        self._sequence = 0
+        self._finished: dict[str, int] = {}
+        self._notes: deque[CommitNote] = deque(maxlen=KEPT_NOTES)
+        self._held: dict[tuple[str, int], Applied] = {}
+        self._reader: ShardReader | None = None
+        self._tokens_per_sample = 1
+        self._lease_request: LeaseRequest | None = None
+        folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
+        self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
+        self.group = _group(self, listen, advertise, stripes, observe, env)
+        self._control = Control(
+            where.coordinator,
+            self.name,
+            self.incarnation,
+            heartbeat=self.timeouts.heartbeat,
+            on_message=self._receive,
+            on_beat=self._beat,
+        )
+        self._join(where.coordinator, join_timeout)
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> PeerView:
+        with self._changed:
+            return PeerView(self._epoch, tuple(self._members[name] for name in sorted(self._members)))
+
+    def wait_for(self, n: int, timeout: float = 60.0) -> PeerView:
+        """Returns the view once at least `n` peers are in it; raises NotEnoughPeers after `timeout` seconds."""
+        self._wait(lambda: len(self._members) >= n, timeout, lambda: NotEnoughPeers(
+            f"{len(self._members)} of {n} peers were there after {timeout:.0f} s", peer=self.name, epoch=self._epoch
+        ))  # fmt: skip
+        return self.view
+
+    def leave(self, *, drain: bool = True, timeout: float = 30.0) -> None:
+        """Leaves the run and closes. With drain, waits first until no operation of this peer is under way.
+
+        Its shards go to others at once. Calling it again does nothing.
+        """
+        if drain and self._fatal is None:
+            self._wait(lambda: not self._inboxes, timeout, lambda: NotEnoughPeers(
+                f"operations still waiting after {timeout:.0f} s: {', '.join(self._inboxes)}", peer=self.name
+            ))  # fmt: skip
+        if self._fatal is None:
+            self.send(Leave(run=self.run))
+        self.close()
+
+    def close(self) -> None:
+        """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
+        self._fail(Evicted("this Peer is closed", peer=self.name))
+        self._control.close()
+        self.group.close()
+        self.events.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave(drain=kind is None)
+
+    def statistics(self) -> PeerStatistics:
+        """What this peer knows and carries, as of now."""
+        return PeerStatistics(
+            epoch=self._epoch,
+            life=self.life,
+            members=len(self._members),
+            rounds=self.progress.rounds,
+            tokens=self.progress.tokens,
+            operations_waiting=len(self._inboxes),
+            coordinator_silence=self.silent_for(),
+            group=self.group.statistics(),
+        )
+
+    def report(self, **status: Any) -> None:
+        """Sets fields of the status that rides on heartbeats: state, step, loss, tokens_per_second."""
+        self._status = dataclasses.replace(self._status, **status)
+
+    # --- collectives ------------------------------------------------------------------------------------------------
+
+    def all_reduce(
+        self,
+        tensor: torch.Tensor,
+        *,
+        op: str = "sum",
+        wire: str = "f32",
+        weight: float = 1.0,
+        tag: str = "default",
+        timeout: float | None = None,
+    ) -> Reduced:
+        """Reduces `tensor` (any shape, float32, CPU) over the peers that call it under the same tag.
+
+        op "sum", or "mean" weighted by `weight`. The result is a new tensor, the same bytes on every contributor; the
+        sum is formed in the order of the peers' names. A peer that dies meanwhile is left out: `contributors` says
+        whose numbers are in the result. Members that do not call are waited for `timeouts.grace` seconds once a quorum
+        has called, and then left out.
+
+        Raises RoundAborted (the round ended without this peer), ParityError (another shape, dtype, op or wire under
+        this tag), NotEnoughPeers, CoordinatorUnavailable, Evicted; `tensor` is untouched in any case.
+        """
+        return self._all_reduce(_flat(tensor, op, weight), tensor.shape, op, wire, weight, tag, timeout)
+
+    def all_reduce_async(
+        self,
+        tensor: torch.Tensor,
+        *,
+        op: str = "sum",
+        wire: str = "f32",
+        weight: float = 1.0,
+        tag: str = "default",
+        timeout: float | None = None,
+        donate: bool = False,
+    ) -> Work:
+        """As `all_reduce`, in the background. A snapshot is taken first unless `donate`: then leave `tensor` alone."""
+        flat = _flat(tensor, op, weight)
+        source = flat if donate else flat.clone()
+        shape = tensor.shape
+        return Work(lambda: self._all_reduce(source, shape, op, wire, weight, tag, timeout))
+
+    def _all_reduce(
+        self,
+        source: torch.Tensor,
+        shape: torch.Size,
+        op: str,
+        wire: str,
+        weight: float,
+        tag: str,
+        timeout: float | None,
+    ) -> Reduced:
+        spec = OperationSpec(op=op, dtype="float32", elements=source.numel(), wire=wire, algorithm="all_reduce")
+        result = torch.empty_like(source)
+        with self.inbox(tag) as inbox:
+            propose = self.proposal(tag, spec, weight=weight)
+            outcome = self.operate(propose, source, result, inbox, timeout)
+        commit = self._settle(tag, outcome)
+        return Reduced(result.view(shape), commit.contributors, commit.round, outcome.attempts)
+
+    def _settle(self, tag: str, outcome: Outcome) -> Commit:
+        commit = outcome.commit
+        assert commit is not None, "a plain operation has no base"
+        self.finish(tag, commit.round)
+        if not outcome.counted:
+            names = ", ".join(commit.contributors) or "nobody"
+            reason = f"{tag}: round {commit.round} went on without this peer; in it were: {names}"
+            raise RoundAborted(reason, peer=self.name, round=commit.round, epoch=commit.epoch)
+        if not outcome.held:
+            reason = f"{tag}: round {commit.round} was committed with other bytes than this peer holds"
+            raise ParityError(reason, peer=self.name, round=commit.round, epoch=commit.epoch)
+        note = CommitNote(
+            tag=tag,
+            round=commit.round,
+            attempt=commit.attempt,
+            digest=commit.digest,
+            contributors=commit.contributors,
+        )
+        self._notes.append(note)
+        return commit
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def shards(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int,
+        shard_size: int | None = None,
+        seed: int = 0,
+        epochs: int = 0,
+    ) -> Iterator[Any]:
+        """Batches of `dataset` (map-style, equal on all peers) from the shards that this peer holds.
+
+        A sample is read by one peer; its cursor is committed with the round that its step contributes to. Ends when
+        the run has reached its target or the data is spent (after `epochs` passes; 0: never). shard_size: samples per
+        shard; by default 16 batches. Batches are collated as torch's DataLoader would.
+        """
+        from torch.utils.data import default_collate
+
+        for indices in self._index_batches(dataset, batch_size, shard_size or 16 * batch_size, seed, epochs):
+            yield default_collate([dataset[i] for i in indices])
+
+    def _index_batches(
+        self, dataset: Dataset[Any], batch_size: int, shard_size: int, seed: int, epochs: int
+    ) -> Iterator[list[int]]:
+        samples = len(dataset)  # type: ignore[arg-type]
+        if batch_size < 1 or shard_size < 1 or samples < 1:
+            raise ConfigurationError(
+                f"batch_size {batch_size}, shard_size {shard_size}, samples {samples}: all above 0"
+            )
+        self._tokens_per_sample = int(getattr(dataset, "tokens_per_sample", 1))
+        reader = self._open_reader(Layout(samples, shard_size, seed), epochs)
+        spent = self._lease(reader)
+        while not self.progress.finished:
+            indices = reader.batch(batch_size)
+            if indices:
+                yield indices
+            elif spent:
+                return
+            if not spent and reader.left() < batch_size:
+                spent = self._lease(reader)
+
+    def _open_reader(self, layout: Layout, epochs: int) -> ShardReader:
+        if self._reader is not None and self._reader.layout != layout:
+            raise ConfigurationError("this peer reads another dataset already: one dataset per peer")
+        self._reader = self._reader or ShardReader(layout)
+        self._lease_request = LeaseRequest(
+            run=self.run, samples=layout.samples, shard_size=layout.shard_size, seed=layout.seed, epochs=epochs
+        )
+        return self._reader
+
+    def _lease(self, reader: ShardReader) -> bool:
+        """Takes on the next shards; returns whether the data is spent."""
+        leases = self._ask_for_leases(holding=reader.holding)
+        reader.add(leases.shards)
+        return leases.spent
+
+    def _ask_for_leases(self, holding: tuple[int, ...]) -> Leases:
+        assert self._lease_request is not None
+        request = dataclasses.replace(self._lease_request, holding=holding)
+        answer = self.ask(request, self._leases, Leases, self.timeouts.round)
+        assert isinstance(answer, Leases)
+        return answer
+
+    def stepped(self) -> float:
+        """Called after each inner step: what was read so far has been trained on. Returns the tokens that this adds."""
+        if self._reader is None:
+            return 1.0
+        return float(self._reader.stepped() * self._tokens_per_sample)
+
+    @property
+    def cursors(self) -> dict[int, int]:
+        """For each shard held, how many of its samples have been stepped."""
+        return self._reader.cursors if self._reader else {}
+
+    def committed(self, cursors: dict[int, int]) -> None:
+        """The run has committed these positions."""
+        if self._reader:
+            self._reader.forget(cursors)
+
+    def rewind(self) -> None:
+        """Goes back to the committed positions: what was read since is read again."""
+        if self._reader:
+            self._reader.rewind(self._ask_for_leases(holding=self._reader.holding).shards)
+
+    # --- for outer loops --------------------------------------------------------------------------------------------
+
+    def proposal(self, tag: str, spec: OperationSpec, *, weight: float, **fields: Any) -> Propose:
+        """A proposal with the next sequence number; cursors only where the run accounts for them."""
+        with self._changed:
+            self._sequence += 1
+            sequence = self._sequence
+        fields.setdefault("cursors", {})
+        return Propose(
+            run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
+        )
+
+    def operate(
+        self, proposal: Propose, source: torch.Tensor, result: torch.Tensor, inbox: Inbox, timeout: float | None
+    ) -> Outcome:
+        """Carries one proposal through to its commit. See `Operation.run`."""
+        operation = Operation(
+            proposal,
+            source,
+            result,
+            name=self.name,
+            inbox=inbox,
+            group=self.group,
+            send=self.send,
+            finished_round=self._finished.get(proposal.tag, -1),
+            silent_for=self.silent_for,
+        )
+        return operation.run(timeout if timeout is not None else self.timeouts.round)
+
+    def inbox(self, tag: str) -> _OpenInbox:
+        """Opens the inbox of a tag, for as long as the context lasts. One at a time, or ConfigurationError."""
+        return _OpenInbox(self, tag)
+
+    def ask(self, request: Message, inbox: Inbox, answer: type[Message], timeout: float) -> Message:
+        """Sends `request` until a message of the kind `answer` comes; raises what the coordinator refuses with."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            self._check()
+            self.send(request)
+            message = _next_of(inbox, answer, min(ASK_AGAIN_SECONDS, max(0.001, deadline - time.monotonic())))
+            if isinstance(message, answer):
+                return message
+            if isinstance(message, Refused):
+                raise refusal(message, self.name)
+            if isinstance(message, ElasticError):
+                raise message
+        raise CoordinatorUnavailable(f"no answer to {type(request).__name__} within {timeout:.0f} s", peer=self.name)
+
+    def hold(self, applied: Applied) -> None:
+        """Tells the coordinator which version this peer holds; told again to each new generation."""
+        with self._changed:
+            self._held[applied.tag, applied.fragment] = applied
+        self.send(applied)
+
+    def send(self, message: Message) -> None:
+        """Sends with the current generation; reports about an attempt keep the one that the attempt was started in."""
+        fields: dict[str, Any] = {"incarnation": self.incarnation, "epoch": self._epoch}
+        if not isinstance(message, (DoneReport, FailedReport)):
+            fields["generation"] = self._generation
+        self._control.send(dataclasses.replace(message, **fields))
+
+    def finish(self, tag: str, round: int) -> None:
+        """Messages about this round of the tag, or earlier ones, are old news from now on."""
+        self._finished[tag] = max(self._finished.get(tag, -1), round)
+
+    def silent_for(self) -> float:
+        """Seconds since the coordinator was last heard."""
+        return time.monotonic() - self._control.heard_at
+
+    # --- messages, on the control thread ----------------------------------------------------------------------------
+
+    def _beat(self) -> Message | None:
+        if self._fatal is not None:
+            return None
+        if not self._generation or self.life == 0:
+            return self._join_message()
+        links = self.group.statistics().links
+        status = dataclasses.replace(
+            self._status,
+            bytes_sent=sum(link.bytes_sent for link in links),
+            bytes_received=sum(link.bytes_received for link in links),
+        )
+        return Heartbeat(
+            run=self.run,
+            generation=self._generation,
+            incarnation=self.incarnation,
+            epoch=self._epoch,
+            status=status,
+        )
+
+    def _join_message(self) -> Join:
+        return Join(
+            run=self.run,
+            generation=self._generation,
+            incarnation=self.incarnation,
+            member=self.group.member,
+            site=self.site,
+            commits=tuple(self._notes),
+        )
+
+    def _receive(self, message: Message) -> None:
+        if message.run != self.run or message.generation < self._generation:
+            return
+        match message:
+            case Welcome():
+                self._welcomed(message)
+            case View():
+                self._viewed(message)
+            case Pong():
+                self._progressed(message.progress)
+            case Represent():
+                self._generation = message.generation
+                self.send(self._join_message())
+            case Expelled():
+                self._fail(
+                    Evicted(f"peer {self.name} was expelled: {message.reason}", peer=self.name, epoch=self._epoch)
+                )
+            case Leases():
+                self._leases.put(message)
+            case Refused() if not message.tag:
+                self._refused(message)
+            case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
+                self._deliver(message)
+
+    def _welcomed(self, message: Welcome) -> None:
+        with self._changed:
+            known = self.life > 0 and message.generation > self._generation_welcomed
+            self._generation = self._generation_welcomed = message.generation
+            self._epoch, self.life = message.epoch, message.life
+            self._members = {member.name: member for member in message.members}
+            self.progress = message.progress
+            held, inboxes = list(self._held.values()), list(self._inboxes.values())
+            self._changed.notify_all()
+        self.group.connect(message.members)
+        for applied in held:
+            self.send(applied)
+        for inbox in inboxes if known else ():
+            inbox.put(Renewed())
+
+    def _viewed(self, message: View) -> None:
+        with self._changed:
+            in_order = message.epoch == self._epoch + 1
+            if in_order:
+                self._epoch = message.epoch
+                for name in message.removed:
+                    self._members.pop(name, None)
+                self._members |= {member.name: member for member in message.added}
+            members = list(self._members.values())
+            self._changed.notify_all()
+        if in_order:
+            self.group.connect(members)
+        elif message.epoch > self._epoch:
+            self.send(self._join_message())  # a delta was missed: ask for the whole view
+
+    def _deliver(self, message: Any) -> None:
+        if isinstance(message, Commit):
+            self._progressed(message.progress)
+        if isinstance(message, Cancel):
+            self.group.abort(message.abort)
+        tag = message.start.tag if isinstance(message, Begin) else None
+        tag = message.abort.tag if isinstance(message, Cancel) else tag or message.tag
+        inbox = self._inboxes.get(tag)
+        if inbox is not None:
+            inbox.put(message)
+
+    def _progressed(self, progress: RunProgress) -> None:
+        with self._changed:
+            self.progress = progress
+            self._changed.notify_all()
+
+    def _refused(self, message: Refused) -> None:
+        if self.life == 0:
+            self._fail(refusal(message, self.name))
+        else:
+            self._leases.put(message)
+
+    def _fail(self, error: ElasticError) -> None:
+        with self._changed:
+            self._fatal = self._fatal or error
+            waiting = [*self._inboxes.values(), self._leases]
+            self._changed.notify_all()
+        for inbox in waiting:
+            inbox.put(error)
+
+    # --- waiting ----------------------------------------------------------------------------------------------------
+
+    def _join(self, coordinator: str, timeout: float) -> None:
+        try:
+            self._wait(lambda: self.life > 0, timeout, lambda: CoordinatorUnavailable(
+                f"no answer from the coordinator at {coordinator} within {timeout:.0f} s: is it running, "
+                "and does a firewall let the port through?", peer=self.name
+            ))  # fmt: skip
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
+
+    def _wait(self, ready: Callable[[], bool], timeout: float, too_late: Callable[[], ElasticError]) -> None:
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not ready():
+                self._check()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise too_late()
+                self._changed.wait(min(left, ASK_AGAIN_SECONDS))
+
+
+class _OpenInbox:
+    """Messages for one tag go to one place while the context lasts."""
+
+    def __init__(self, peer: Peer, tag: str) -> None:
+        self._peer, self._tag = peer, tag
+
+    def __enter__(self) -> Inbox:
+        peer = self._peer
+        with peer._changed:
+            peer._check()
+            if self._tag in peer._inboxes:
+                raise ConfigurationError(
+                    f"an operation with tag {self._tag!r} is under way on this peer: use another tag"
+                )
+            inbox = peer._inboxes[self._tag] = queue.SimpleQueue()
+        return inbox
+
+    def __exit__(self, *_: object) -> None:
+        with self._peer._changed:
+            self._peer._inboxes.pop(self._tag, None)
+            self._peer._changed.notify_all()
+
+
+def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence: str) -> None:
+    """Tells a coordinator that the process of this life has ended: a supervisor's proof. Returns once it is sent."""
+    gone = Gone(run=run, incarnation=incarnation, name=name, evidence=evidence)
+    control = Control(
+        check_coordinator(coordinator),
+        "supervisor",
+        secrets.randbits(63),
+        heartbeat=1.0,
+        on_message=lambda _: None,
+        on_beat=lambda: None,
+    )
+    control.send(gone)
+    control.close()
+
+
+def _next_of(inbox: Inbox, answer: type[Message], seconds: float) -> Any:
+    """The next message that answers or refuses; None after `seconds`. Others are dropped: they are asked for again."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            message = inbox.get(timeout=left)
+        except queue.Empty:
+            return None
+        if isinstance(message, (answer, Refused, ElasticError)):
+            return message
+    return None
+
+
+def _where(coordinator: str | None, run: str | None, token: str | None, env: dict[str, str]) -> JoinToken:
+    if coordinator:
+        name = run or env.get("ELASTIC_RUN")
+        if not name:
+            raise ConfigurationError("give the run's name: Peer(coordinator, run=...), or set ELASTIC_RUN")
+        return JoinToken(check_coordinator(coordinator), check_name("run", name))
+    text = token or env.get("ELASTIC_JOIN")
+    if not text:
+        raise ConfigurationError("say where the run is: Peer('tcp://HOST:29400', run=...), token=..., or ELASTIC_JOIN")
+    return JoinToken.parse(text)
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
+
+
+def _group(
+    peer: Peer,
+    listen: str | None,
+    advertise: str | None,
+    stripes: int | None,
+    observe: Callable[[Progress], None] | None,
+    env: dict[str, str],
+) -> Group:
+    listen = env.get("ELASTIC_LISTEN", "127.0.0.1:0") if listen is None else listen
+    advertise = advertise or env.get("ELASTIC_ADVERTISE")
+    for what, endpoint in (("listen", listen), ("advertise", advertise)):
+        if endpoint:
+            check_endpoint(what, endpoint)
+    try:
+        options = LinkOptions(stripes=int(env.get("ELASTIC_STRIPES", 2)) if stripes is None else stripes)
+        return Group(
+            run=peer.run,
+            name=peer.name,
+            incarnation=peer.incarnation,
+            listen=listen,
+            advertise=advertise,
+            options=options,
+            observe=observe,
+        )
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {listen}: {error.strerror or error}; choose another port") from None
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _flat(tensor: torch.Tensor, op: str, weight: float) -> torch.Tensor:
+    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        raise ConfigurationError(f"all_reduce takes float32 CPU tensors, not {tensor.dtype} on {tensor.device}")
+    if op not in OPS:
+        raise ConfigurationError(f"op {op!r} is not one of {', '.join(OPS)}")
+    if not (math.isfinite(weight) and weight > 0):
+        raise ConfigurationError(f"weight is {weight}: it must be a finite number above 0")
+    if op == "sum" and weight != 1.0:
+        raise ConfigurationError("weights belong to op='mean'; a sum takes none")
+    return tensor.detach().reshape(-1)

@@ -1,0 +1,15 @@
+"""What went wrong and whose it is; for now, faults that tests and the demo inject on purpose.
+
+It decides nothing: records in, verdicts out; and injected faults are counted, so that a test can tell that they fired.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path as _Path
+
+import collectives as _below
+
+if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).parents[1]:
+    raise ImportError(
+        f"the folder {next(iter(_below.__path__))} shadows fault's package 'collectives': rename it or move away"
+    )
