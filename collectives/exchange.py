@@ -315,11 +315,16 @@ class Attempt:
             if not peer.contributor:
                 peer.owed = sum(chunk.owner == self.me for chunk in self.chunks)
                 return False
-            if not peer.touched and not self._scattered and peer.redials < _REDIALS:
+            if self._may_redial(peer, link.failure):
                 peer.redials += 1
                 return True
             self._lose(link.failure)
             return False
+
+    def _may_redial(self, peer: Peer, failure: LinkFailure) -> bool:
+        """A connection that had died while it was idle is no failure of this attempt: no number has travelled on it."""
+        fresh = not peer.touched and not self._scattered and peer.redials < _REDIALS
+        return fresh and failure.evidence in ("eof", "reset")
 
     def unreachable(self, failure: LinkFailure) -> None:
         """No link to this peer could be built."""
@@ -544,6 +549,11 @@ class Attempt:
     def _accumulate(self, chunk: Chunk, who: int, numbers: Floats, scratch: Scratch) -> None:
         """result = multiplier * numbers for the first, result += multiplier * numbers for the others."""
         begun = time.perf_counter()
+        with np.errstate(all="ignore"):  # infinities and NaN are values like any other here
+            self._accumulate_quietly(chunk, who, numbers, scratch)
+        self._reduce_seconds += time.perf_counter() - begun
+
+    def _accumulate_quietly(self, chunk: Chunk, who: int, numbers: Floats, scratch: Scratch) -> None:
         out = self._result[chunk.start : chunk.stop]
         multiplier = self._multipliers[who]
         if who == 0:
@@ -560,14 +570,14 @@ class Attempt:
                 assert self._source is not None, "the first contributor has a source"
                 base = self._source[chunk.start : chunk.stop]
             np.add(base, term, out=out)
-        self._reduce_seconds += time.perf_counter() - begun
 
     def _complete(self, index: int, scratch: Scratch) -> None:
         """All contributions are in: divide, quantise once, and let everyone have it."""
         chunk = self.chunks[index]
         out = self._result[chunk.start : chunk.stop]
         if self._divisor != 1:
-            np.divide(out, self._divisor, out=out)
+            with np.errstate(all="ignore"):
+                np.divide(out, self._divisor, out=out)
         if not self._wire.lossless:
             round_trip(self._wire, out, scratch.raw, out)
         with self.condition:

@@ -40,14 +40,14 @@ def run(group: Group, order: dict[str, Any]) -> None:
         if order.get(field) is not None:
             _fatal[order[field]] = number
     source, result = numbers(start.elements, order["seed"]), torch.empty(start.elements)
-    before = xxh3_128_hexdigest(source.numpy())
+    before = xxh3_128_hexdigest(source.numpy().data)
     outcome = group.run(start, source, result)
     say(
         done=isinstance(outcome, Done),
         digest=outcome.digest if isinstance(outcome, Done) else "",
         lost=[] if isinstance(outcome, Done) else [asdict(each) for each in outcome.lost],
         reason="" if isinstance(outcome, Done) else outcome.reason,
-        source_kept=xxh3_128_hexdigest(source.numpy()) == before,
+        source_kept=xxh3_128_hexdigest(source.numpy().data) == before,
     )
 
 

@@ -195,34 +195,34 @@ def test_abort_before_during_and_without_a_run() -> None:
         assert_exact(final, sources, *run_all(made, final, sources))
 
 
-def test_the_tensors_are_free_after_an_abort() -> None:
+@pytest.mark.parametrize("at", [1, 7, 30])
+def test_the_tensors_are_free_after_an_abort(at: int) -> None:
     """What the caller writes into source and result after Failed reaches nobody, and breaks no link."""
-    for at in (1, 7, 30):
-        fired = threading.Event()
+    fired = threading.Event()
 
-        def observe(progress: Progress, at: int = at, fired: threading.Event = fired) -> None:
-            if progress.identity.attempt == 0 and progress.chunks_received == at and not fired.is_set():
-                fired.set()
-                together(*(lambda group=group: group.abort(make_abort(start)) for group in made))
+    def observe(progress: Progress) -> None:
+        if progress.identity.attempt == 0 and progress.chunks_received == at and not fired.is_set():
+            fired.set()
+            together(*(lambda group=group: group.abort(make_abort(start)) for group in made))
 
-        with groups(3, observe=observe) as made:
-            start = make_start([group.member for group in made], 100_000)
-            sources = sources_of(made, 100_000)
-            scrap = {name: source.clone() for name, source in sources.items()}
-            results = [torch.empty(100_000) for _ in made]
+    with groups(3, observe=observe) as made:
+        start = make_start([group.member for group in made], 100_000)
+        sources = sources_of(made, 100_000)
+        scrap = {name: source.clone() for name, source in sources.items()}
+        results = [torch.empty(100_000) for _ in made]
 
-            def attempt(index: int, scrap: Any = scrap, results: Any = results) -> Any:
-                outcome = made[index].run(start, scrap[f"p{index}"], results[index])
-                scrap[f"p{index}"].fill_(7.0)
-                results[index].fill_(8.0)
-                return outcome
+        def attempt(index: int) -> Any:
+            outcome = made[index].run(start, scrap[f"p{index}"], results[index])
+            scrap[f"p{index}"].fill_(7.0)
+            results[index].fill_(8.0)
+            return outcome
 
-            outcomes = together(*(lambda index=index: attempt(index) for index in range(3)))
-            again = replace(start, attempt=1)
-            assert_exact(again, sources, *run_all(made, again, sources))
-            for outcome, result in zip(outcomes, results, strict=True):
-                assert isinstance(outcome, Failed) and bool((result == 8.0).all())
-            assert all(group.statistics().corrupt_frames == 0 for group in made)
+        outcomes = together(*(lambda index=index: attempt(index) for index in range(3)))
+        again = replace(start, attempt=1)
+        assert_exact(again, sources, *run_all(made, again, sources))
+        for outcome, result in zip(outcomes, results, strict=True):
+            assert isinstance(outcome, Failed) and bool((result == 8.0).all())
+        assert all(group.statistics().corrupt_frames == 0 for group in made)
 
 
 def test_a_raising_observer_fails_the_attempt() -> None:
