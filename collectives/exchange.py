@@ -34,6 +34,7 @@ from collectives.wires import WIRES, Floats, round_trip
 
 _ALIGN = 16  # elements: one cache line
 _REDIALS = 2
+_LOOK_AFTER = 0.1  # seconds without a link after which to look whether the peer is there at all
 
 
 class Chunk(NamedTuple):
@@ -122,6 +123,7 @@ class Peer:
     """Another member of the attempt with which there is work. index: among the contributors, -1 for a receiver.
 
     expected: chunks still to come from it. owed: frames it must get that the kernel has not taken yet.
+    unlinked_since, look_at (time.monotonic()): since when it has no link, and when to look for it next.
     """
 
     member: Member
@@ -133,6 +135,7 @@ class Peer:
     link: Link | None = None
     redials: int = 0
     unlinked_since: float = 0.0
+    look_at: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0
@@ -185,7 +188,7 @@ class Attempt:
         self.chunks = partition(start.elements, start.shares, host.options.chunk_bytes // 4)
         self.peers = {each.member.incarnation: each for each in self._others(me)}
         for peer in self.peers.values():
-            peer.unlinked_since = self.begun
+            peer.unlinked_since, peer.look_at = self.begun, self.begun + _LOOK_AFTER
         self._contributors = [peer for peer in self.peers.values() if peer.contributor]
         self._turn = [1 if self.me == 0 else 0] * len(self.chunks)
         self._claimed: set[tuple[int, int]] = set()
@@ -237,9 +240,9 @@ class Attempt:
         """Receivers still wait for chunks from here."""
         return any(peer.owed for peer in self.peers.values())
 
-    def unlinked(self) -> list[tuple[Member, float]]:
-        """Contributors without a link, although there is work with them, and since when (time.monotonic())."""
-        return [(peer.member, peer.unlinked_since) for peer in self._contributors if peer.link is None and peer.working]
+    def unlinked(self) -> list[Peer]:
+        """Contributors without a link, although there is work with them."""
+        return [peer for peer in self._contributors if peer.link is None and peer.working]
 
     def stop(self, reason: str) -> None:
         """End the attempt as failed, from any thread."""
@@ -311,7 +314,9 @@ class Attempt:
             peer = self.peers.get(link.member.incarnation)
             if peer is None or peer.link is not link or link.failure is None or not peer.working:
                 return False
-            peer.link, peer.ready, peer.unlinked_since = None, False, time.monotonic()
+            peer.link, peer.ready = None, False
+            peer.unlinked_since = peer.look_at = time.monotonic()
+            self.condition.notify_all()
             if not peer.contributor:
                 peer.owed = sum(chunk.owner == self.me for chunk in self.chunks)
                 return False

@@ -371,16 +371,43 @@ class Group:
         """Seconds until the next contributor counts as unreachable; notes those that do already."""
         now, limit = time.monotonic(), self.options.connect_timeout
         left = 1.0
-        for member, since in attempt.unlinked():
-            if now - since < limit:
-                left = min(left, limit - (now - since))
-                continue
-            detail = f"no link within {limit:g} s"
-            attempt.unreachable(
-                LinkFailure(peer=member.name, incarnation=member.incarnation, evidence="timeout", detail=detail)
+        for peer in attempt.unlinked():
+            timed_out = LinkFailure(
+                peer=peer.member.name,
+                incarnation=peer.member.incarnation,
+                evidence="timeout",
+                detail=f"no link within {limit:g} s",
             )
-            left = 0.0
+            waited = now - peer.unlinked_since
+            if waited >= limit:
+                attempt.unreachable(timed_out)
+                return 0.0
+            if now >= peer.look_at:
+                peer.look_at = now + 1.0
+                self._look_for(peer.member, timed_out)
+            left = min(left, limit - waited, peer.look_at - now)
         return left
+
+    def _look_for(self, member: Member, failure: LinkFailure) -> None:
+        """Whoever should dial here and does not may be dead: its port says so long before the time is up."""
+        if self._dials_to(member) or not member.addresses:
+            return
+
+        def look() -> None:
+            try:
+                seen = probe(self._self, member, failure)
+                with self._lock:
+                    attempts = list(self._attempts.values()) if seen.evidence == "refused" else []
+                for attempt in attempts:
+                    attempt.unreachable(seen)
+            finally:
+                with self._lock:
+                    self._diallers.discard(threading.current_thread())
+
+        thread = threading.Thread(target=look, name=f"look-{member.name}", daemon=True)
+        with self._lock:
+            self._diallers.add(thread)
+        thread.start()
 
     def _succeeded(self, attempt: Attempt, out: Floats) -> Done:
         digest = xxh3_128_hexdigest(out.data.cast("B")) if out.size else xxh3_128_hexdigest(b"")

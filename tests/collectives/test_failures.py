@@ -159,6 +159,14 @@ def test_a_peer_that_should_dial_and_does_not_is_a_timeout() -> None:
     assert isinstance(outcome, Failed) and [each.evidence for each in outcome.lost] == ["timeout"]
 
 
+def test_a_dead_peer_that_should_have_dialled_is_found_by_its_port() -> None:
+    with groups(1, replace(SMALL, connect_timeout=3600.0)) as made, socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        ghost = Member(name="a", incarnation=9, addresses=(f"127.0.0.1:{holder.getsockname()[1]}",))
+        outcome = made[0].run(make_start([made[0].member, ghost], 10), torch.zeros(10), torch.zeros(10))
+    assert isinstance(outcome, Failed) and [each.evidence for each in outcome.lost] == ["refused"]
+
+
 def test_a_former_incarnation_is_refused() -> None:
     with groups(2) as made:
         former = replace(made[1].member, incarnation=55)
