@@ -28,7 +28,7 @@ STATUS_SECONDS = 10.0
 HISTORY = 40
 BARS = "▁▂▃▄▅▆▇█"
 # They come many times a round; their content is in the table and the header.
-QUIET = frozenset({"train.loss", "heldout.evaluated"})
+QUIET = frozenset({"train.loss", "heldout.evaluated", "round.started", "round.applied", "peer.started"})
 STATE_STYLES = {
     "training": "green",
     "exchanging": "cyan",
@@ -276,6 +276,30 @@ def fetched(event: Event) -> str:
     return f"{field(event, 'peer')} fetched {amount}{version} from {joined(event.get('sources'))}{taken}"
 
 
+def founded(event: Event) -> str:
+    return f"{field(event, 'peer')} gives its parameters as version 0"
+
+
+def restarted(event: Event) -> str:
+    return f"the supervisor starts life {field(event, 'life')} of {field(event, 'peer')}"
+
+
+def failed(event: Event) -> str:
+    return f"{field(event, 'peer')} is given up: {field(event, 'reason')}"
+
+
+def left(event: Event) -> str:
+    return f"{field(event, 'peer')} left"
+
+
+def serving(event: Event) -> str:
+    return f"the coordinator serves, generation {field(event, 'generation')}"
+
+
+def released(event: Event) -> str:
+    return f"{field(event, 'peer')} gave back its shards {joined(event.get('shards'))}"
+
+
 WORDS: dict[str, Callable[[Event], str]] = {
     "round.committed": committed,
     "round.shrunk": shrunk,
@@ -285,6 +309,12 @@ WORDS: dict[str, Callable[[Event], str]] = {
     "peer.evicted": gone,
     "peer.lost": gone,
     "state.fetched": fetched,
+    "loop.founded": founded,
+    "peer.restarted": restarted,
+    "peer.failed": failed,
+    "peer.left": left,
+    "coordinator.started": serving,
+    "shard.released": released,
 }
 
 

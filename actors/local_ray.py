@@ -1,0 +1,88 @@
+"""A quiet Ray of our own on this machine, for one run: started, authenticated, and ended without touching any other.
+
+See DESIGN section 7: token authentication is always set explicitly on both sides, the object store is small (tensors
+never pass through Ray), the temporary folder is short (unix socket paths), and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+OBJECT_STORE_BYTES = 80 << 20
+NAMESPACE = "elastic"
+
+
+@contextlib.contextmanager
+def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
+    """A local Ray for the duration of the context. Standard output and error, where Ray writes, go to the file `log`.
+
+    A caller that has something to say meanwhile keeps its own duplicate of the descriptor.
+
+    Only the processes of this Ray are ended. Raises RuntimeError if this process is already connected to a Ray.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="elastic-", dir="/tmp"))
+    try:
+        with log.open("ab") as file, _standard_streams_to(file):
+            _authenticate(folder)
+            import ray
+
+            if ray.is_initialized():
+                raise RuntimeError("this process is already connected to a Ray; end that connection first")
+            try:
+                ray.init(**_settings(num_cpus, folder))
+                yield
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _authenticate(folder: Path) -> None:
+    token = folder / "token"
+    descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.pop("RAY_ADDRESS", None)  # a Ray that happens to run here is not ours to use
+
+
+def _settings(num_cpus: int, folder: Path) -> dict[str, Any]:
+    return {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "namespace": NAMESPACE,
+        "_temp_dir": str(folder),
+    }
+
+
+@contextlib.contextmanager
+def _standard_error_to(file: IO[bytes]) -> Iterator[None]:
+    # Ray's C++ side writes to the file descriptors themselves, so these must be moved, not sys.stdout and sys.stderr
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    for descriptor in (1, 2):
+        os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for descriptor, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, descriptor)
+            os.close(copy)

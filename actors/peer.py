@@ -1,0 +1,113 @@
+"""One life of one peer inside a Ray: joins the run, and runs a training function as long as that takes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic.config import Timeouts
+from elastic.peer import Peer
+from fault.inject import Injection, strike
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerSpec:
+    """What a supervisor needs to start a life of a peer.
+
+    script: Python file with the training function `function(peer, config)`. faults: injected into the first life.
+    """
+
+    coordinator: str
+    run: str
+    name: str
+    site: str
+    script: str
+    function: str = "train"
+    config: dict[str, Any] = field(default_factory=dict)
+    stripes: int = 2
+    listen: str = "127.0.0.1:0"
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    events_dir: str | None = None
+    fault: Injection | None = None
+    fault_log: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Life:
+    """Which life of a peer an actor holds, and where it runs."""
+
+    name: str
+    incarnation: int
+    life: int
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a life that ran to its end leaves behind. result: of the training function."""
+
+    result: Any
+    bytes_sent: int
+
+
+class PeerHost:
+    """`train` occupies its own concurrency group, so that control calls are answered meanwhile."""
+
+    def __init__(self, spec: PeerSpec) -> None:
+        self._spec = spec
+        self._peer = Peer(
+            spec.coordinator,
+            run=spec.run,
+            name=spec.name,
+            site=spec.site,
+            listen=spec.listen,
+            stripes=spec.stripes,
+            timeouts=spec.timeouts,
+            events_dir=spec.events_dir,
+            observe=_observer(spec),
+        )
+
+    @ray.method(concurrency_group="control")
+    def life(self) -> Life:
+        peer = self._peer
+        return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life, pid=os.getpid())
+
+    @ray.method(concurrency_group="train")
+    def train(self) -> Trained:
+        """Runs the training function to its end and leaves the run."""
+        function = load_function(Path(self._spec.script), self._spec.function)
+        with self._peer as peer:
+            result = function(peer, self._spec.config)
+            sent = sum(link.bytes_sent for link in peer.statistics().group.links)
+        return Trained(result=result, bytes_sent=sent)
+
+
+_OPTIONS: dict[str, Any] = {
+    "num_cpus": 1,
+    "max_restarts": 0,
+    "max_task_retries": 0,
+    "concurrency_groups": {"train": 1, "control": 2},
+}
+PeerActor: Any = ray.remote(**_OPTIONS)(PeerHost)
+"""`PeerHost` as a Ray actor. Ray restarts nothing: a supervisor starts the next life, under another name."""
+
+
+def _observer(spec: PeerSpec) -> Callable[[Any], None] | None:
+    if spec.fault is None or spec.fault_log is None:
+        return None
+    return strike(spec.fault, spec.name, Path(spec.fault_log))
+
+
+def load_function(script: Path, function: str) -> Callable[..., Any]:
+    """Imports `script` as Python would run it, its own folder first on the path, and returns its function."""
+    sys.path.insert(0, str(script.parent))
+    module = importlib.import_module(script.stem)
+    found: Callable[..., Any] = getattr(module, function)
+    return found

@@ -1,0 +1,415 @@
+"""`elastic demo`: peers train a byte-level GPT on real text; one is killed in mid exchange; a report at the end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elastic.config import RunPolicy, Timeouts
+from elastic.errors import ElasticError
+from elastic.events import EventReader
+
+from . import exits
+from .view import PeerRow, Snapshot, View, make_view
+
+if TYPE_CHECKING:
+    from actors.supervisor import ChargeReport
+    from elastic.messages import MemberReport, StatusReport
+
+RUN = "demo"
+WIRES = ("f32", "bf16", "f16")
+LOOK_SECONDS = 0.25
+STOP_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The demo's options, checked."""
+
+    data: tuple[str, ...]
+    peers: int
+    rounds: int
+    sync_every: int
+    wire: str
+    stripes: int
+    kill: bool
+    seed: int
+    port: int
+    out: Path
+
+    @property
+    def names(self) -> list[str]:
+        return [f"peer-{i}" for i in range(self.peers)]
+
+    @property
+    def victim(self) -> str:
+        return random.Random(self.seed).choice(self.names)
+
+    @property
+    def kill_round(self) -> int:
+        return max(1, self.rounds // 3)
+
+
+@click.command(epilog="Example: elastic demo --rounds 12 --data ~/texts --out /tmp/demo")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="PATH",
+    help="File or folder of UTF-8 text; repeatable.  [default: the source of Python's standard library]",
+)
+@click.option(
+    "--peers", type=click.IntRange(1, 32), default=3, show_default=True, help="Peers to start on this machine."
+)
+@click.option("--rounds", type=click.IntRange(1, 100_000), default=36, show_default=True, help="Outer rounds to train.")
+@click.option(
+    "--sync-every",
+    type=click.IntRange(1, 100_000),
+    default=25,
+    show_default=True,
+    metavar="H",
+    help="Inner steps between rounds.",
+)
+@click.option("--wire", type=click.Choice(WIRES), default="f32", show_default=True, help="How numbers travel.")
+@click.option("--stripes", type=click.IntRange(1, 64), default=2, show_default=True, help="TCP connections per link.")
+@click.option("--kill/--no-kill", default=True, show_default=True, help="Kill one peer in the middle of an exchange.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of the model, the data's order and the choice of the victim.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    help="Port of the coordinator on 127.0.0.1; 0 picks one.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Folder for the results.  [default: elastic-demo-DATE]"
+)
+def command(**options: Any) -> None:
+    """Train a small GPT with three peers on this machine; one is killed on the way.
+
+    A coordinator, a supervisor and the peers run as actors of a Ray of their own. A third of the way through, one peer
+    is killed in the middle of an all-reduce: the others finish that round, and its next life comes back.
+    Writes report.json, loss.png, model.safetensors and the event logs.
+    """
+    out = options.pop("out") or Path(f"elastic-demo-{datetime.now():%Y%m%d-%H%M%S}")
+    settings = Settings(out=Path(out).resolve(), **options)
+    check_kill(settings)
+    check_data(settings)
+    prepare_out(settings.out)
+    check_port(settings.port)
+    sys.exit(Demo(settings).run())
+
+
+# --- bad input: one line, an exit code, nothing started -------------------------------------------------------------
+
+
+def refuse(code: int, message: str) -> None:
+    """Prints one line and exits."""
+    click.echo(f"elastic demo: {message}", err=True)
+    sys.exit(code)
+
+
+def check_kill(settings: Settings) -> None:
+    if settings.kill and (settings.peers < 2 or settings.rounds < 3):
+        refuse(exits.USAGE, "to kill a peer takes at least 2 peers and 3 rounds: add some, or use --no-kill")
+
+
+def check_data(settings: Settings) -> None:
+    text = example("text")
+    try:
+        train, _ = text.split(text.load_text([Path(path) for path in settings.data] or None), seed=settings.seed)
+        text.ByteDataset(train, 128)
+    except text.TextError as error:
+        refuse(exits.DATA, str(error))
+
+
+def prepare_out(out: Path) -> None:
+    try:
+        (out / "events").mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        refuse(exits.OUTPUT, f"cannot write to {out}: {error.strerror}; choose another --out")
+    if (out / "report.json").exists() or any((out / "events").iterdir()):
+        refuse(exits.OUTPUT, f"{out} holds the results of another run; choose another --out")
+
+
+def check_port(port: int) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            refuse(exits.NETWORK, f"cannot listen on port {port}: {error.strerror}; choose another --port, or 0")
+
+
+def examples_folder() -> Path:
+    """The examples: inside an installed package, beside the packages in a clone."""
+    inside = Path(__file__).parent / "examples"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    import importlib
+
+    folder = str(examples_folder())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+class Demo:
+    """One run of the demo. `run` returns the exit code; a report is written however it ends."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.events: list[dict[str, Any]] = []
+        self.interrupted = False
+        self.failures: list[str] = []
+        self._began = time.monotonic()
+        self._readers: dict[Path, EventReader] = {}
+        self._rows: dict[str, PeerRow] = {}
+        self._hashes: dict[str, str] = {}
+        self._sent: dict[tuple[str, int], int] = {}
+        self._sample: str | None = None
+        self._heldout: float | None = None
+        self._supervisor: Any = None
+        self._coordinator: Any = None
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        click.echo(f"results go to {self.settings.out}; starting Ray ...")
+        screen = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)  # Ray gets the original
+        view = make_view(screen, run=RUN)
+        try:
+            self._run_in_ray(view)
+        except KeyboardInterrupt:
+            self.interrupted = True
+        except ElasticError as error:
+            self.failures.append(str(error))
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the report is written whatever comes
+            view.close()
+        return self._conclude()
+
+    def _run_in_ray(self, view: View) -> None:
+        from actors.local_ray import local_ray
+
+        with local_ray(num_cpus=self.settings.peers + 1, log=self.settings.out / "ray.log"):
+            try:
+                self._start_actors()
+                self._watch(view)
+            finally:
+                self._stop_actors()
+                self._read_events(view)
+
+    def _start_actors(self) -> None:
+        import ray
+
+        from actors.coordinator import CoordinatorActor
+        from actors.supervisor import EventLogSpec, RestartPolicy, SiteSupervisor
+
+        s, log = self.settings, self.settings.out / "events"
+        policy = RunPolicy(min_peers=max(1, s.peers - 1), rounds=s.rounds)
+        actor: Any = CoordinatorActor
+        self._coordinator = actor.options(name=f"{RUN}.coordinator").remote(
+            f"tcp://127.0.0.1:{s.port}", RUN, policy, Timeouts(), s.out / "journal.sqlite", log / "coordinator.jsonl"
+        )
+        address = ray.get(self._coordinator.address.remote())
+        specs = [self._spec(name, address) for name in s.names]
+        supervisor: Any = SiteSupervisor
+        self._supervisor = supervisor.options(name=f"{RUN}.supervisor", lifetime="detached").remote(
+            specs, RestartPolicy(), EventLogSpec(run=RUN, path=log / "supervisor.jsonl")
+        )
+        ray.get(self._supervisor.start.remote())
+
+    def _spec(self, name: str, address: str) -> Any:
+        from actors.peer import PeerSpec
+        from fault.inject import Injection
+
+        s = self.settings
+        fault = Injection(kind="kill", tag="outer", round=s.kill_round, fraction=0.4)
+        config = {
+            "peers": s.peers,
+            "data": s.data,
+            "sync_every": s.sync_every,
+            "wire": s.wire,
+            "seed": s.seed,
+            "out": str(s.out),
+        }
+        return PeerSpec(
+            coordinator=address,
+            run=RUN,
+            name=name,
+            site="local",
+            script=str(examples_folder() / "train_gpt.py"),
+            config=config,
+            stripes=s.stripes,
+            events_dir=str(s.out / "events"),
+            fault=fault if s.kill and name == s.victim else None,
+            fault_log=str(s.out / "events" / "faults.jsonl"),
+        )
+
+    def _watch(self, view: View) -> None:
+        import ray
+
+        while True:
+            status, charges = ray.get([self._coordinator.status.remote(), self._supervisor.report.remote()])
+            self._read_events(view)
+            self._note(status, charges)
+            view.update(self._snapshot(status))
+            self.failures = [f"{charge.name}: {charge.error}" for charge in charges if charge.state == "failed"]
+            if all(charge.state in ("finished", "failed") for charge in charges):
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _stop_actors(self) -> None:
+        import ray
+
+        for call in (self._supervisor and self._supervisor.stop, self._coordinator and self._coordinator.close):
+            if call:
+                ray.wait([call.remote()], timeout=STOP_SECONDS)
+        for actor in (self._supervisor, self._coordinator):
+            if actor:
+                ray.kill(actor)
+
+    # --- what is seen -----------------------------------------------------------------------------------------------
+
+    def _read_events(self, view: View) -> None:
+        fresh: list[dict[str, Any]] = []
+        for path in sorted((self.settings.out / "events").glob("*.jsonl")):
+            reader = self._readers.setdefault(path, EventReader(path))
+            fresh.extend(reader.read())
+        for event in sorted(fresh, key=lambda event: float(event["time_unix"])):
+            self.events.append(event)
+            view.event(event)
+            if event["event"] == "heldout.evaluated":
+                self._heldout = event["loss"]
+
+    def _note(self, status: StatusReport, charges: list[ChargeReport]) -> None:
+        members = {member.name: member for member in status.members}
+        for charge in charges:
+            member = members.get(charge.name)
+            self._rows[charge.name] = row = self._row(charge, member, status.progress.rounds)
+            self._sent[charge.name, charge.lives] = max(row.bytes_sent, self._sent.get((charge.name, charge.lives), 0))
+            if member is not None and member.state_hash:
+                self._hashes[charge.name] = member.state_hash
+            if charge.trained is not None:
+                self._note_trained(charge)
+
+    def _note_trained(self, charge: ChargeReport) -> None:
+        assert charge.trained is not None
+        self._sent[charge.name, charge.lives] = charge.trained.bytes_sent
+        self._hashes[charge.name] = charge.trained.result["state_hash"]
+        self._sample = charge.trained.result.get("sample_text", self._sample)
+
+    def _row(self, charge: ChargeReport, member: MemberReport | None, rounds: int) -> PeerRow:
+        before = self._rows.get(charge.name)
+        if member is None or charge.state != "running":
+            state = charge.state if charge.state != "running" else "starting"
+            kept = before if before and before.life == charge.lives else None
+            return PeerRow(
+                name=charge.name,
+                life=charge.lives,
+                state=state,
+                step=kept.step if kept else 0,
+                loss=kept.loss if kept else None,
+                tokens_per_second=None,
+                round=kept.round if kept else 0,
+                bytes_sent=kept.bytes_sent if kept else 0,
+                note=charge.error,
+            )
+        status = member.status
+        return PeerRow(
+            name=charge.name,
+            life=charge.lives,
+            state="suspect" if member.state == "suspect" else status.state,
+            step=status.step,
+            loss=status.loss if status.loss == status.loss else None,
+            tokens_per_second=status.tokens_per_second or None,
+            round=max(0, member.version),
+            bytes_sent=status.bytes_sent,
+            note=f"pid {charge.pid}",
+        )
+
+    def _snapshot(self, status: StatusReport) -> Snapshot:
+        return Snapshot(
+            elapsed_seconds=time.monotonic() - self._began,
+            round=status.progress.rounds,
+            rounds_target=self.settings.rounds,
+            contributors=status.contributors,
+            epoch=status.epoch,
+            heldout_loss=self._heldout,
+            peers=tuple(self._rows[name] for name in self.settings.names),
+        )
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _conclude(self) -> int:
+        from .report import build_report, draw_loss, summary, write_report
+
+        s = self.settings
+        final = {
+            name: {
+                "state_hash": self._hashes.get(name),
+                "bytes_sent": sum(sent for (peer, _), sent in self._sent.items() if peer == name),
+            }
+            for name in s.names
+        }
+        report = build_report(
+            self.events,
+            final,
+            settings=_public(s),
+            sample_text=self._sample,
+            interrupted=self.interrupted,
+            seed=s.seed,
+            wall_seconds=time.monotonic() - self._began,
+        )
+        write_report(s.out, report)
+        no_picture = draw_loss(s.out / "loss.png", report)
+        click.echo(summary(report))
+        for line in (no_picture, *self.failures):
+            if line:
+                click.echo(f"elastic demo: {line}", err=True)
+        click.echo(f"report, picture, weights and events: {s.out}")
+        return self._exit_code(report)
+
+    def _exit_code(self, report: dict[str, Any]) -> int:
+        if self.interrupted:
+            return exits.INTERRUPTED
+        complete = report["rounds_committed"] >= self.settings.rounds and report["state_hashes_equal"]
+        killed = bool(report["kills"]) or not self.settings.kill
+        return exits.OK if complete and killed and not self.failures else exits.FAILED
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _public(settings: Settings) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}

@@ -1,0 +1,51 @@
+"""The `elastic` command. Commands are imported when they are called, so that `elastic --help` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+COMMANDS = {
+    "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and one line of help; imports `cli.NAME` only to run one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _version() -> str:
+    try:
+        return version("elastic-diloco")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="elastic")
+def main() -> None:
+    """Train one model on machines that come and go, over the ordinary internet.
+
+    \b
+    Example:
+      elastic demo --rounds 12
+    """
+
+
+if __name__ == "__main__":
+    main()
