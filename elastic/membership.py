@@ -123,7 +123,7 @@ class Loop:
     versions: dict[int, int] = field(default_factory=dict)
     hashes: dict[tuple[int, int], str] = field(default_factory=dict)
     rounds: int = 0
-    founder: str = ""
+    founder: int = 0
 
 
 class Membership:
@@ -343,7 +343,7 @@ class Membership:
     def _nobody_will_hold(self, tag: str, loop: Loop, now: float) -> bool:
         """Whether no member holds the state or is about to. After a restart, all get time to present themselves."""
         settled = now - self._began > self.timeouts.chunk or not self._restarted
-        busy = loop.founder in self.members or any(tag in state.trains for state in self.members.values())
+        busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in self.members.values())
         return settled and not busy
 
     def _enter_unheld(self, name: str, message: Enter, loop: Loop) -> None:
@@ -359,7 +359,7 @@ class Membership:
             tag=message.tag, spec=message.spec, fragment=message.fragment, state_hash=message.state_hash
         )
         self._record(record)
-        self.loops[message.tag].founder = name
+        self.loops[message.tag].founder = message.incarnation
         self._emit("loop.founded", peer=name, tag=message.tag, state_hash=message.state_hash)
         self._send(name, self._base(message.tag, message.fragment, found=True))
 
@@ -945,7 +945,7 @@ class Membership:
         if self.table:
             self.table.commit(record.cursors)
         if not record.skipped:
-            loop.founder = ""
+            loop.founder = 0
         self.last_contributors = record.contributors
         self._note_commit(record)
 
