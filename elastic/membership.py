@@ -149,6 +149,7 @@ class Membership:
         self.cuts: dict[Pair, float] = {}
         self._link_breaks: dict[Pair, int] = {}
         self._rounds: dict[str, int] = {}
+        self._attempts: dict[str, tuple[int, int]] = {}
         self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
         self._absent: dict[str, set[str]] = {}
         self._orphaned: dict[str, float] = {}
@@ -539,9 +540,13 @@ class Membership:
     def _open_operation(self, message: Propose, now: float) -> Operation:
         outer = message.base_version >= 0
         number = self.loops[message.tag].rounds if outer else self._rounds.get(message.tag, 0)
+        last_round, last_attempt = self._attempts.get(message.tag, (-1, -1))
+        attempt = last_attempt if last_round == number else -1  # rule 1: no two attempts share an identity
         operation = Operation(
             tag=message.tag,
             round=number,
+            attempt=attempt,
+            first_attempt=attempt + 1,
             spec=message.spec,
             fragment=message.fragment,
             base_version=message.base_version,
@@ -597,6 +602,7 @@ class Membership:
         connected = rounds.largest_connected(giving, cuts)
         receivers = tuple(sorted(names - set(giving)))
         operation.attempt += 1
+        self._attempts[operation.tag] = (operation.round, operation.attempt)
         operation.start = self._start(operation, connected, receivers, weights, cuts)
         operation.lost.extend(name for name in giving if name not in connected)
         operation.phase, operation.changed_at = Phase.RUNNING, now
@@ -774,8 +780,9 @@ class Membership:
             operation.proposals.pop(name, None)
         self._emit("round.shrunk" if lost else "round.aborted", tag=operation.tag, round=operation.round,
                    attempt=operation.attempt, lost=lost, links=_links(operation))  # fmt: skip
-        if operation.attempt + 1 >= self.policy.max_attempts:
-            self._fail(operation, f"gave up after {operation.attempt + 1} attempts")
+        attempts = operation.attempt + 1 - operation.first_attempt
+        if attempts >= self.policy.max_attempts:
+            self._fail(operation, f"gave up after {attempts} attempts")
             return
         operation.phase, operation.opened_at = Phase.GATHERING, None
         present = {n for n in operation.proposals if n in answered or not operation.in_attempt(n)}

@@ -31,6 +31,7 @@ class Operation:
     proposals: by peer name, kept until the commit. opened_at: when a quorum had proposed.
     done, answered: in the current attempt, who holds a result (with its digest) and who has ended it.
     failures: link failures of the current attempt, by the peer that reported them.
+    first_attempt: attempts below this one belonged to an earlier operation with the same round number.
     lost: everybody that earlier attempts went on without.
     """
 
@@ -40,6 +41,7 @@ class Operation:
     fragment: int
     base_version: int
     attempt: int = -1
+    first_attempt: int = 0
     phase: Phase = Phase.GATHERING
     proposals: dict[str, Propose] = field(default_factory=dict)
     late: dict[str, Propose] = field(default_factory=dict)
