@@ -479,9 +479,20 @@ class Membership:
             operation.proposals[name] = message
         elif before is None or before.incarnation != message.incarnation:
             operation.late[name] = message
+        elif before.sequence < message.sequence:
+            self._replace(operation, name, message, now)
+            return
         elif operation.phase is Phase.RUNNING and operation.start and name in _names(operation.start):
             self._send(name, self._stamp(Begin, start=operation.start))
         self._consider(operation, now)
+
+    def _replace(self, operation: Operation, name: str, message: Propose, now: float) -> None:
+        """The peer offers something else than the running attempt was started with: that attempt cannot count."""
+        self._take_back(operation, name, now)
+        if self.operations.get(operation.tag) is operation and name in operation.proposals:
+            operation.late[name] = message
+        else:
+            self._propose(name, message, now)
 
     def _already_decided(self, name: str, message: Propose) -> bool:
         incarnation, sequence, reply = self._decided.get((message.tag, name), (0, -1, None))
@@ -677,9 +688,16 @@ class Membership:
 
     def _withdrawn(self, name: str, message: Withdraw, now: float) -> None:
         operation = self.operations.get(message.tag)
-        proposal = operation.proposals.get(name) if operation else None
-        if operation is None or proposal is None or proposal.sequence != message.sequence:
+        if operation is None:
             return
+        if name in operation.late and operation.late[name].sequence <= message.sequence:
+            del operation.late[name]
+        proposal = operation.proposals.get(name)
+        if proposal is None or proposal.sequence != message.sequence:
+            return
+        self._take_back(operation, name, now)
+
+    def _take_back(self, operation: Operation, name: str, now: float) -> None:
         if operation.in_attempt(name):
             operation.withdrawn.add(name)
             operation.answered.add(name)
