@@ -154,8 +154,7 @@ class Membership:
         self._absent: dict[str, set[str]] = {}
         self._orphaned: dict[str, float] = {}
         self._last_tick: float | None = None
-        self._began = 0.0
-        self._restarted = False
+        self._returning: dict[str, float] = {}
         self._effects: list[Effect] = []
 
     # --- life of the coordinator ------------------------------------------------------------------------------------
@@ -167,8 +166,8 @@ class Membership:
         self._record(Opened(generation=self.generation + 1))
         for member in self.members.values():
             member.last_heard = now
-        self._last_tick = self._began = now
-        self._restarted = self.generation > 1
+        self._last_tick = now
+        self._returning = dict.fromkeys(self.members, math.inf)
         for name in self._holders_without_member():
             self._orphaned[name] = now
         self._emit("coordinator.started", generation=self.generation, members=len(self.members))
@@ -199,6 +198,7 @@ class Membership:
         for name, since in list(self._orphaned.items()):
             if now - since > self.timeouts.evict_after:
                 self._release(name)
+        self._returning = {name: until for name, until in self._returning.items() if now <= until}
         self._drop_old_cuts(now)
         return self._take()
 
@@ -245,6 +245,8 @@ class Membership:
             state = None
         if state is None:
             self._admit(message, now)
+        elif name in self._returning:  # what it holds and proposes is about to follow
+            self._returning[name] = min(self._returning[name], now + self.timeouts.chunk)
         self._heard(name, now)
         self._learn_commits(message.commits)
         self._welcome(name)
@@ -268,6 +270,7 @@ class Membership:
         state = self.members.get(name)
         if state is None:
             return
+        self._returning.pop(name, None)
         self._record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
         self._send_to(name, state.member.incarnation, Expelled(run=self.run, reason=reason))
         self._broadcast(self._stamp(View, removed=(name,), reason=reason))
@@ -337,15 +340,14 @@ class Membership:
             self._found(name, message)
         elif self._holders(message.tag, message.fragment):
             self._send(name, self._base(message.tag, message.fragment))
-        elif self._nobody_will_hold(message.tag, loop, now):
+        elif self._nobody_will_hold(message.tag, loop):
             self._enter_unheld(name, message, loop)
         # else: whoever holds it is about to say so; the peer asks again
 
-    def _nobody_will_hold(self, tag: str, loop: Loop, now: float) -> bool:
-        """Whether no member holds the state or is about to. After a restart, all get time to present themselves."""
-        settled = now - self._began > self.timeouts.chunk or not self._restarted
+    def _nobody_will_hold(self, tag: str, loop: Loop) -> bool:
+        """Whether no member holds the state or is about to. After a restart, any that has not yet said so may."""
         busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in self.members.values())
-        return settled and not busy
+        return not busy and not self._returning
 
     def _enter_unheld(self, name: str, message: Enter, loop: Loop) -> None:
         version = loop.versions.get(message.fragment, 0)
@@ -579,14 +581,18 @@ class Membership:
         else:
             self._consider_retry(operation, now)
 
-    def _expected(self, operation: Operation) -> set[str]:
+    def _expected(self, operation: Operation, now: float) -> set[str]:
         awake = {name for name, state in self.members.items() if not state.silent}
-        if operation.outer:
-            return {name for name in awake if operation.tag in self.members[name].trains}
-        return awake - self._absent.get(operation.tag, set())
+        if not operation.outer:
+            return awake - self._absent.get(operation.tag, set())
+        if now - operation.changed_at <= self.timeouts.grace:
+            return {n for n in awake if operation.tag in self.members[n].trains or n in self._returning}
+        # who is still behind cannot propose: fetching the state anew stops nobody
+        holders = self._holders(operation.tag, operation.fragment)
+        return {name for name in holders if operation.tag in self.members[name].trains}
 
     def _consider_start(self, operation: Operation, now: float) -> None:
-        expected = self._expected(operation)
+        expected = self._expected(operation, now)
         present = {name for name in operation.proposals if not self.members[name].silent}
         if len(present) < self.policy.min_peers:
             operation.opened_at = None
