@@ -443,18 +443,26 @@ class Membership:
             reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
             self._refuse(name, message, "ParityError", reason)
             return
-        fresh = self._lease_one(name, table, message.holding)
-        shards = {shard: table.cursors[shard] for shard in table.held_by(name)}
-        self._send(name, self._stamp(Leases, shards=shards, spent=not fresh and not shards.keys() - {*message.holding}))
+        doubt = self._in_doubt()
+        self._lease_one(name, table, doubt | {*message.holding}, doubt)
+        shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
+        spent = not doubt and not shards.keys() - {*message.holding}
+        self._send(name, self._stamp(Leases, shards=shards, spent=spent))
 
-    def _lease_one(self, name: str, table: ShardTable, holding: tuple[int, ...]) -> bool:
-        if set(table.held_by(name)) - set(holding):
-            return True
-        shard = table.offer()
-        if shard is None:
-            return False
-        self._record(Leased(name=name, shards=(shard,)))
-        return True
+    def _lease_one(self, name: str, table: ShardTable, holding: set[int], doubt: set[int]) -> None:
+        shard = table.offer(doubt)
+        if shard is not None and not set(table.held_by(name)) - holding:
+            self._record(Leased(name=name, shards=(shard,)))
+
+    def _in_doubt(self) -> set[int]:
+        """Shards that a departed life's contribution may yet move (rule 8): nobody reads them until that is decided."""
+        current = {state.member.incarnation for state in self.members.values()}
+        return {
+            shard
+            for operation in self.operations.values()
+            for proposal in operation.proposals.values() if proposal.incarnation not in current
+            for shard in proposal.cursors
+        }  # fmt: skip
 
     def _release(self, name: str) -> None:
         self._orphaned.pop(name, None)
@@ -523,11 +531,12 @@ class Membership:
             return False
         if message.base_version < 0:
             return True
+        if not self._fresh_enough(name, message):
+            return False
         if self.progress.finished:
             reason = "the run has reached its target"
             self._send(name, self._stamp(RoundFailed, tag=message.tag, round=message.round, reason=reason))
-            return False
-        return self._fresh_enough(name, message)
+        return not self.progress.finished
 
     def _fresh_enough(self, name: str, message: Propose) -> bool:
         loop = self.loops.get(message.tag)

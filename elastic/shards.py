@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -74,10 +74,13 @@ class ShardTable:
     def held_by(self, name: str) -> list[int]:
         return sorted(shard for shard, holder in self.holders.items() if holder == name)
 
-    def offer(self) -> int | None:
-        """The shard that the next lease should be: one given back before a fresh one; None if the data is spent."""
-        if self.free:
-            return min(self.free)
+    def offer(self, but: Set[int] = frozenset()) -> int | None:
+        """The shard that the next lease should be: one given back before a fresh one; None if the data is spent.
+
+        but: shards that cannot be given now.
+        """
+        if self.free - but:
+            return min(self.free - but)
         fresh_left = not self.epochs or self.next < self.epochs * self.layout.shards_per_epoch
         return self.next if fresh_left else None
 
