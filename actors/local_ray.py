@@ -7,12 +7,15 @@ never pass through Ray), the temporary folder is short (unix socket paths), and 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +32,8 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
     Only the processes of this Ray are ended. Raises RuntimeError if this process is already connected to a Ray.
     """
     folder = Path(tempfile.mkdtemp(prefix="elastic-", dir="/tmp"))
+    _adopt_orphans()
+    before = _children()
     try:
         with log.open("ab") as file, _standard_streams_to(file):
             _authenticate(folder)
@@ -42,7 +47,45 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
             finally:
                 ray.shutdown()
     finally:
+        _end(lambda: _children() - before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _adopt_orphans() -> None:
+    """What Ray started is then found below this process even if its parent has died (prctl PR_SET_CHILD_SUBREAPER)."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
+def _children() -> set[int]:
+    """All living processes below this one."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents.setdefault(int(parent), []).append(int(entry.name))
+    found: set[int] = set()
+    queue = [os.getpid()]
+    while queue:
+        below = parents.get(queue.pop(), [])
+        found.update(below)
+        queue.extend(below)
+    return found
+
+
+def _end(left: Callable[[], set[int]]) -> None:
+    """Ends, by pid, what an interrupted start or shutdown has left behind."""
+    for number, seconds in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0)):
+        pids = left()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while left() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def _authenticate(folder: Path) -> None:
@@ -70,7 +113,7 @@ def _settings(num_cpus: int, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _standard_error_to(file: IO[bytes]) -> Iterator[None]:
+def _standard_streams_to(file: IO[bytes]) -> Iterator[None]:
     # Ray's C++ side writes to the file descriptors themselves, so these must be moved, not sys.stdout and sys.stderr
     streams = (sys.stdout, sys.stderr)
     for stream in streams:

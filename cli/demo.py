@@ -108,10 +108,13 @@ def command(**options: Any) -> None:
     """
     out = options.pop("out") or Path(f"elastic-demo-{datetime.now():%Y%m%d-%H%M%S}")
     settings = Settings(out=Path(out).resolve(), **options)
-    check_kill(settings)
-    check_data(settings)
-    prepare_out(settings.out)
-    check_port(settings.port)
+    try:
+        check_kill(settings)
+        check_data(settings)
+        prepare_out(settings.out)
+        check_port(settings.port)
+    except KeyboardInterrupt:
+        sys.exit(exits.INTERRUPTED)
     sys.exit(Demo(settings).run())
 
 
@@ -190,7 +193,7 @@ class Demo:
         self._began = time.monotonic()
         self._readers: dict[Path, EventReader] = {}
         self._rows: dict[str, PeerRow] = {}
-        self._hashes: dict[str, str] = {}
+        self._held: dict[str, tuple[int, str]] = {}
         self._sent: dict[tuple[str, int], int] = {}
         self._sample: str | None = None
         self._heldout: float | None = None
@@ -198,8 +201,7 @@ class Demo:
         self._coordinator: Any = None
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
+        _on_signals(_interrupt)
         click.echo(f"results go to {self.settings.out}; starting Ray ...")
         screen = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)  # Ray gets the original
         view = make_view(screen, run=RUN)
@@ -210,8 +212,7 @@ class Demo:
         except ElasticError as error:
             self.failures.append(str(error))
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)  # the report is written whatever comes
+            _on_signals(signal.SIG_IGN)  # the report is written whatever comes
             view.close()
         return self._conclude()
 
@@ -220,6 +221,7 @@ class Demo:
 
         with local_ray(num_cpus=self.settings.peers + 1, log=self.settings.out / "ray.log"):
             try:
+                _on_signals(_interrupt)  # Ray has put its own handlers there
                 self._start_actors()
                 self._watch(view)
             finally:
@@ -316,15 +318,16 @@ class Demo:
             self._rows[charge.name] = row = self._row(charge, member, status.progress.rounds)
             self._sent[charge.name, charge.lives] = max(row.bytes_sent, self._sent.get((charge.name, charge.lives), 0))
             if member is not None and member.state_hash:
-                self._hashes[charge.name] = member.state_hash
+                self._held[charge.name] = (member.version, member.state_hash)
             if charge.trained is not None:
                 self._note_trained(charge)
 
     def _note_trained(self, charge: ChargeReport) -> None:
         assert charge.trained is not None
         self._sent[charge.name, charge.lives] = charge.trained.bytes_sent
-        self._hashes[charge.name] = charge.trained.result["state_hash"]
-        self._sample = charge.trained.result.get("sample_text", self._sample)
+        facts = charge.trained.result
+        self._held[charge.name] = (facts["version"], facts["state_hash"])
+        self._sample = facts.get("sample_text", self._sample)
 
     def _row(self, charge: ChargeReport, member: MemberReport | None, rounds: int) -> PeerRow:
         before = self._rows.get(charge.name)
@@ -372,13 +375,7 @@ class Demo:
         from .report import build_report, draw_loss, summary, write_report
 
         s = self.settings
-        final = {
-            name: {
-                "state_hash": self._hashes.get(name),
-                "bytes_sent": sum(sent for (peer, _), sent in self._sent.items() if peer == name),
-            }
-            for name in s.names
-        }
+        final = {name: self._facts(name) for name in s.names}
         report = build_report(
             self.events,
             final,
@@ -397,12 +394,26 @@ class Demo:
         click.echo(f"report, picture, weights and events: {s.out}")
         return self._exit_code(report)
 
+    def _facts(self, name: str) -> dict[str, Any]:
+        """state_hash: of the newest version that any peer holds; None for a peer that was not that far."""
+        newest = max((version for version, _ in self._held.values()), default=-1)
+        version, state_hash = self._held.get(name, (-1, ""))
+        return {
+            "state_hash": state_hash if version == newest >= 0 else None,
+            "bytes_sent": sum(sent for (peer, _), sent in self._sent.items() if peer == name),
+        }
+
     def _exit_code(self, report: dict[str, Any]) -> int:
         if self.interrupted:
             return exits.INTERRUPTED
         complete = report["rounds_committed"] >= self.settings.rounds and report["state_hashes_equal"]
         killed = bool(report["kills"]) or not self.settings.kill
         return exits.OK if complete and killed and not self.failures else exits.FAILED
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
