@@ -682,6 +682,8 @@ class Membership:
             if isinstance(reply, Commit) and reply.round == message.round:
                 self._send(name, self._renewed(reply))
             return
+        if not self._in_attempt_alive(operation, name):
+            return  # a receiver's success is its own
         operation.answered.add(name)
         if operation.phase is Phase.RUNNING:
             operation.done[name] = message.digest
@@ -691,7 +693,7 @@ class Membership:
         operation = self.operations.get(message.tag)
         if operation is None or not operation.is_current(message.round, message.attempt):
             return
-        if name not in operation.contributors():
+        if not self._in_attempt_alive(operation, name):
             return  # a receiver's trouble is its own
         operation.answered.add(name)
         operation.done.pop(name, None)
@@ -818,17 +820,16 @@ class Membership:
             self._fail(operation, f"gave up after {attempts} attempts")
             return
         operation.phase, operation.opened_at = Phase.GATHERING, None
-        present = {n for n in operation.proposals if n in answered or not operation.in_attempt(n)}
+        present = {name for name in operation.proposals if not self.members[name].silent}
         if not operation.proposals:
             self._fail(operation, "nobody is left")
         elif len(present) >= self.policy.min_peers:
-            self._begin_attempt(operation, present & self.members.keys(), now)
+            self._begin_attempt(operation, present, now)
 
     def _note_cuts(self, operation: Operation, alive: set[str], now: float) -> None:
-        for who, lost in operation.failures.items():
-            for failure in lost:
-                pair = frozenset((who, failure.peer))
-                self._link_breaks[pair] = self._link_breaks.get(pair, 0) + 1
+        # both ends report the same break: it counts once
+        for pair in {frozenset((who, f.peer)) for who, lost in operation.failures.items() for f in lost}:
+            self._link_breaks[pair] = self._link_breaks.get(pair, 0) + 1
         for pair in rounds.lasting_cuts(operation.failures, alive, self._link_breaks):
             self.cuts[pair] = now + CUT_RETRY_SECONDS
             self._emit("link.cut", peers=sorted(pair))

@@ -7,7 +7,7 @@ or is lost before the next begins. `Operation` is the account; what to do next i
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -108,15 +108,14 @@ def owners_shares(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[float, 
     return tuple(1.0 / len(owners) if name in owners else 0.0 for name in names) if owners else None
 
 
-def largest_connected(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[str, ...]:
-    """The most contributors among which a direct exchange works when no one can talk to all: greedy, deterministic.
+def largest_connected(names: tuple[str, ...], cuts: Collection[Pair]) -> tuple[str, ...]:
+    """The most contributors among which a direct exchange works: some owner must be able to talk to all of them.
 
-    Drops the peer with the most cut pairs (the last name among equals) until an owner exists.
+    Keeps the peer with the fewest cut pairs (the first name among equals) and all that it can talk to.
     """
-    cuts, left = set(cuts), list(names)
-    while owners_shares(tuple(left), cuts) is None:
-        left.remove(max(left, key=lambda name: (sum(name in pair and pair <= set(left) for pair in cuts), name)))
-    return tuple(left)
+    apart = {name: {other for other in names if frozenset((name, other)) in cuts} for name in names}
+    owner = min(names, key=lambda name: (len(apart[name]), name))
+    return tuple(name for name in names if name not in apart[owner])
 
 
 def lasting_cuts(
