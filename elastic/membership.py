@@ -411,8 +411,10 @@ class Membership:
         """Rule 5: sends the next commit that the peer missed, or, if that is too long ago, the state itself."""
         for commit in self.commits.get(tag, ()):
             if commit.fragment == fragment and commit.version == version + 1 and not commit.skipped:
-                self._send(name, self._renewed(commit))
-                return
+                renewed = self._renewed(commit)
+                if renewed.sources or self.members[name].member in commit.sources:
+                    self._send(name, renewed)
+                    return
         if self._holders(tag, fragment):
             self._send(name, self._base(tag, fragment))
 
@@ -999,6 +1001,7 @@ class Membership:
             fragment=record.fragment,
             version=record.version,
             contributors=record.contributors,
+            sources=rounds.members_of(record.contributors, self._members()),
             digest=record.digest,
             skipped=record.skipped,
             progress=self.progress,
@@ -1046,10 +1049,18 @@ class Membership:
 
     def _renewed(self, commit: Commit) -> Commit:
         """The commit as of now: this generation's stamp, and who can still give its result to others."""
-        holders = [name for name in commit.contributors if name in self.members and not self.members[name].silent]
+        holders = [
+            name
+            for name, state in self.members.items()
+            if not state.silent and (state.member in commit.sources or self._has_applied(state, commit))
+        ]
         fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
         fields |= {"generation": self.generation, "epoch": self.epoch, "progress": self.progress}
         return Commit(**fields | {"sources": rounds.members_of(holders, self._members())})
+
+    def _has_applied(self, state: MemberState, commit: Commit) -> bool:
+        version, _ = state.held.get((commit.tag, commit.fragment), (-1, ""))
+        return 0 <= commit.version <= version < commit.version + KEPT_COMMITS
 
     def _stamp(self, kind: type[Any], **fields: Any) -> Any:
         return kind(run=self.run, generation=self.generation, epoch=self.epoch, **fields)
