@@ -70,6 +70,7 @@ from .rounds import Operation, Pair, Phase
 from .shards import ShardTable
 
 KEPT_COMMITS = 8
+MAX_WEIGHT = 1e15  # sums of it stay finite, and nearly exact
 CUT_RETRY_SECONDS = 30.0
 
 
@@ -236,6 +237,9 @@ class Membership:
             reason = f"the coordinator speaks protocol {PROTOCOL}, peer {name} speaks {message.protocol}"
             self._refuse(name, message, "VersionMismatch", reason)
             return
+        if (message.member.name, incarnation) != (name, message.incarnation):
+            self._refuse(name, message, "ConfigurationError", f"peer {name} presents itself as {message.member}")
+            return
         if incarnation in self.retired:
             self._send_to(name, incarnation, Expelled(run=self.run, reason=self.retired[incarnation]))
             return
@@ -391,7 +395,7 @@ class Membership:
             return
         agreed = loop.hashes.setdefault(key, message.state_hash)
         if agreed != message.state_hash:
-            self._drifted(name, message, agreed, now)
+            self._drifted(name, message, message.version, message.state_hash, agreed, now)
             return
         loop.hashes.pop((message.fragment, message.version - KEPT_COMMITS), None)
         state = self.members[name]
@@ -401,9 +405,9 @@ class Membership:
         if message.version < loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.version)
 
-    def _drifted(self, name: str, message: Applied, agreed: str, now: float) -> None:
-        reason = f"peer {name} holds {message.state_hash} as version {message.version}, the run holds {agreed}"
-        self._emit("parity.mismatch", peer=name, version=message.version, held=message.state_hash, agreed=agreed)
+    def _drifted(self, name: str, message: Applied | Propose, version: int, held: str, agreed: str, now: float) -> None:
+        reason = f"peer {name} holds {held} as version {version}, the run holds {agreed}"
+        self._emit("parity.mismatch", peer=name, version=version, held=held, agreed=agreed)
         self._exit(name, message.tag, now)
         self._refuse(name, message, "ParityError", reason, tag=message.tag)
 
@@ -428,6 +432,13 @@ class Membership:
     # --- data -------------------------------------------------------------------------------------------------------
 
     def _lease(self, name: str, message: LeaseRequest) -> None:
+        if message.samples == 0:
+            self._release(name)
+            self._send(name, self._stamp(Leases, shards={}))
+            return
+        if message.samples < 0 or message.shard_size < 1 or message.epochs < 0:
+            self._refuse(name, message, "ConfigurationError", f"there is no such data: {message}")
+            return
         if self.table is None:
             self._record(
                 DatasetRegistered(
@@ -445,7 +456,7 @@ class Membership:
             reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
             self._refuse(name, message, "ParityError", reason)
             return
-        doubt = self._in_doubt()
+        doubt = self._in_doubt(message.incarnation)
         self._lease_one(name, table, doubt | {*message.holding}, doubt)
         shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
         spent = not doubt and not shards.keys() - {*message.holding}
@@ -456,15 +467,10 @@ class Membership:
         if shard is not None and not set(table.held_by(name)) - holding:
             self._record(Leased(name=name, shards=(shard,)))
 
-    def _in_doubt(self) -> set[int]:
-        """Shards that a departed life's contribution may yet move (rule 8): nobody reads them until that is decided."""
-        current = {state.member.incarnation for state in self.members.values()}
-        return {
-            shard
-            for operation in self.operations.values()
-            for proposal in operation.proposals.values() if proposal.incarnation not in current
-            for shard in proposal.cursors
-        }  # fmt: skip
+    def _in_doubt(self, incarnation: int) -> set[int]:
+        """Shards that the contribution of another life may yet move (rule 8): not read until that is decided."""
+        proposals = [proposal for operation in self.operations.values() for proposal in operation.proposals.values()]
+        return {shard for proposal in proposals if proposal.incarnation != incarnation for shard in proposal.cursors}
 
     def _release(self, name: str) -> None:
         self._orphaned.pop(name, None)
@@ -478,12 +484,15 @@ class Membership:
     # --- rounds: proposals ------------------------------------------------------------------------------------------
 
     def _propose(self, name: str, message: Propose, now: float) -> None:
-        if self._already_decided(name, message) or not self._acceptable(name, message):
+        if self._already_decided(name, message) or not self._acceptable(name, message, now):
             return
         operation = self.operations.get(message.tag)
         if operation is None:
             operation = self._open_operation(message, now)
         elif self._mismatch(name, message, operation.spec, message.spec):
+            return
+        if message.fragment != operation.fragment:
+            operation.late[name] = message
             return
         self._absent.get(message.tag, set()).discard(name)
         before = operation.proposals.get(name)
@@ -526,27 +535,35 @@ class Membership:
         )
         return failed
 
-    def _acceptable(self, name: str, message: Propose) -> bool:
-        if not (math.isfinite(message.weight) and message.weight >= 0):
-            reason = f"weight {message.weight} of peer {name} is not a finite number of at least 0"
+    def _acceptable(self, name: str, message: Propose, now: float) -> bool:
+        if not 0 <= message.weight <= MAX_WEIGHT:
+            reason = f"weight {message.weight} of peer {name} is not a number from 0 to {MAX_WEIGHT:.0e}"
             self._refuse(name, message, "ConfigurationError", reason, tag=message.tag, sequence=message.sequence)
             return False
-        if message.base_version < 0:
+        if message.base_version < 0 and message.tag not in self.loops:
             return True
-        if not self._fresh_enough(name, message):
+        if message.base_version < 0 or (message.tag in self.operations and not self.operations[message.tag].outer):
+            reason = f"tag {message.tag} belongs to an outer loop and to a plain operation: rename one"
+            self._refuse(name, message, "ParityError", reason, tag=message.tag, sequence=message.sequence)
+            return False
+        if not self._fresh_enough(name, message, now):
             return False
         if self.progress.finished:
             reason = "the run has reached its target"
             self._send(name, self._stamp(RoundFailed, tag=message.tag, round=message.round, reason=reason))
         return not self.progress.finished
 
-    def _fresh_enough(self, name: str, message: Propose) -> bool:
+    def _fresh_enough(self, name: str, message: Propose, now: float) -> bool:
         loop = self.loops.get(message.tag)
         if loop is None or message.fragment not in loop.versions:
             self._send(name, self._stamp(Represent))
             return False
         if message.base_version != loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.base_version)
+            return False
+        agreed = loop.hashes.get((message.fragment, message.base_version), message.base_hash)
+        if message.base_hash not in ("", agreed):
+            self._drifted(name, message, message.base_version, message.base_hash, agreed, now)
             return False
         return not self._mismatch(name, message, loop.spec, message.spec)
 
@@ -915,7 +932,7 @@ class Membership:
         """After a restart: plain operations that a peer saw committed are committed (rule 2)."""
         for note in notes:
             known = any(commit.round == note.round for commit in self.commits.get(note.tag, ()))
-            if known or note.round < self._rounds.get(note.tag, 0):
+            if known or note.tag in self.loops or note.round < self._rounds.get(note.tag, 0):
                 continue
             self._note_commit(
                 Committed(

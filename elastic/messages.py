@@ -20,6 +20,7 @@ from collectives.records import Abort, LinkFailure, Member, Start
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
+MAX_INTEGER = (1 << 63) - 1
 
 
 class MessageError(ValueError):
@@ -433,6 +434,8 @@ def _expect(value: Any, kind: type, where: str) -> Any:
     # bool is an int to isinstance, and must not pass for one here
     if type(value) is not kind:
         raise MessageError(f"{where} is {type(value).__name__}, not {kind.__name__}")
+    if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        raise MessageError(f"{where} is larger than {MAX_INTEGER}")
     return value
 
 

@@ -97,9 +97,10 @@ class ShardTable:
             before = self.cursors.get(shard)
             if before is None or position <= before:
                 continue
-            self.committed += position - before
-            self.cursors[shard] = position
-            if position >= self.layout.size(shard):
+            size = self.layout.size(shard)
+            self.cursors[shard] = min(position, size)
+            self.committed += self.cursors[shard] - before
+            if position >= size:
                 self._close(shard)
 
     def _close(self, shard: int) -> None:
