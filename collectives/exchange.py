@@ -339,7 +339,7 @@ class Attempt:
                 self._lose(failure)
 
     def _lose(self, failure: LinkFailure) -> None:
-        if not self.finished:
+        if not self.finished and self.reason is None:  # what an abort cuts is no observation
             self.failures.setdefault(failure.incarnation, failure)
         self.condition.notify_all()
 

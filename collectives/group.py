@@ -424,8 +424,8 @@ class Group:
         with attempt.condition:
             failures, reason = list(attempt.failures.values()), attempt.reason
         members = {peer.member.incarnation: peer.member for peer in attempt.peers.values()}
+        failures = [probe(self._self, members[each.incarnation], each) for each in failures]
         if reason is None:
-            failures = [probe(self._self, members[each.incarnation], each) for each in failures]
             reason = "; ".join(f"link to {each.peer}: {each.evidence}" for each in failures)
         with self._lock:
             self._failed += 1

@@ -6,6 +6,7 @@ needs the link hears of it through the hooks. A link outlives attempts and round
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import select
 import socket
@@ -112,6 +113,7 @@ class Link:
         self._order = count()
         self._closing = False
         self._ended = 0
+        self._end: OSError | None = None
 
     def start(self) -> None:
         """Start the stripes' threads. Call once."""
@@ -261,23 +263,35 @@ class Link:
         data = memoryview(bytearray(frames.HEADER_BYTES))
         while self.failure is None:
             poll.poll()  # an idle stripe sleeps here; receiving comes back every SLICE
-            receive_into(stripe.socket, data)
+            try:
+                receive_into(stripe.socket, data)
+            except OSError as error:
+                self._stripe_ended(error)
+                return
             header = frames.decode(data)
             if header.run != self._run or header.incarnation != self.member.incarnation:
                 raise FrameError("a frame of another run or another incarnation")
             if header.kind is Kind.BYE:
-                self._stripe_ended()
+                self._stripe_ended(None)
                 return
             self._receive(stripe, header, scratch)
             stripe.bytes_received += frames.HEADER_BYTES + header.length
 
-    def _stripe_ended(self) -> None:
-        """A peer in good order closes stripe by stripe: what travels on the others still counts."""
+    def _stripe_ended(self, error: OSError | None) -> None:
+        """A stripe ended between two frames. The link dies with the last one: what has arrived on the others counts.
+
+        After a BYE the others may still carry frames. After an error they are read to the end of what is here already,
+        so that a peer that dies when it is done takes nothing with it.
+        """
         with self._condition:
             self._ended += 1
+            self._end = self._end or error
             last = self._ended == len(self.stripes)
         if last:
-            raise EndOfStream("closed by the peer in good order")
+            raise self._end or EndOfStream("closed by the peer in good order")
+        for stripe in self.stripes if error is not None else []:
+            with contextlib.suppress(OSError):
+                stripe.socket.shutdown(socket.SHUT_RD)
 
     def _receive(self, stripe: Stripe, header: Header, scratch: Scratch) -> None:
         sink = self._hooks.route(self, header, scratch)
