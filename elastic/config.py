@@ -81,7 +81,10 @@ class JoinToken:
         """Reads elastic://HOST:PORT/RUN, or @FILE that holds it. Raises ConfigurationError."""
         if text.startswith("@"):
             text = _read_token_file(text[1:])
-        url = urlsplit(text.strip())
+        try:
+            url = urlsplit(text.strip())
+        except ValueError:  # e.g. an unfinished [v6] address
+            url = urlsplit("")
         if url.scheme != "elastic" or not url.path.strip("/"):
             raise ConfigurationError("a join token looks like elastic://HOST:PORT/RUN; this one does not")
         return cls(check_coordinator(f"tcp://{url.netloc}"), check_name("run", url.path.strip("/")))

@@ -104,18 +104,21 @@ class Journal:
 
     def __init__(self, path: Path, run: str) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
             _check_header(path)
             # the server's thread writes what the caller's thread opened; never both at once
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except BaseException:
+            self._lock.close()
+            raise
+        try:
             self._prepare(run)
         except sqlite3.DatabaseError as error:
-            self._lock.close()
+            self.close()
             raise ConfigurationError(f"{path} is no journal of elastic ({error}); name another") from None
-        except ConfigurationError:
-            self._lock.close()
+        except BaseException:
+            self.close()
             raise
 
     def _prepare(self, run: str) -> None:
@@ -153,8 +156,13 @@ class Journal:
         if not rows:
             return
         self._db.execute("BEGIN IMMEDIATE")
-        self._db.executemany("INSERT INTO records (body) VALUES (?)", rows)
-        self._db.execute("COMMIT")
+        try:
+            self._db.executemany("INSERT INTO records (body) VALUES (?)", rows)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def close(self) -> None:
         self._db.close()
@@ -171,6 +179,7 @@ def _check_header(path: Path) -> None:
 
 def _lock(path: Path) -> IO[bytes]:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
     except OSError as error:
         raise ConfigurationError(f"cannot open the journal {path}: {error.strerror}") from None
