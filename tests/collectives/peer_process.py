@@ -58,10 +58,6 @@ def main() -> None:
         order = json.loads(line)
         if "abort" in order:
             group.abort(Abort(**{**order["abort"], "lost": tuple(order["abort"]["lost"])}))
-        elif "publish" in order:
-            data = memoryview(bytes(order["publish"]["bytes"])) if "bytes" in order["publish"] else memoryview(b"")
-            group.publish(order["publish"]["key"], [data], xxh3_128_hexdigest(data))
-            say(published=True)
         else:
             threading.Thread(target=run, args=(group, order), daemon=True).start()
     group.close()
