@@ -1,0 +1,119 @@
+"""What can happen in a run, as lists of (action, number): `play` makes it happen, `finish` heals and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+from simulation import KEPT, OUTER, PLAIN, SimPeer, World
+
+NAMES = "abcde"
+Action = Callable[[World, SimPeer, int], object]
+
+
+def _cut(world: World, peer: SimPeer, number: int) -> None:
+    other = NAMES[number % len(NAMES)]
+    if other != peer.name:
+        world.cuts ^= {frozenset((peer.name, other))}
+
+
+def _hop(world: World, peer: SimPeer, number: int) -> None:
+    """What a peer has said and what it is told get through."""
+    world.deliver_up(peer, 20)
+    world.deliver_down(peer, 20)
+
+
+def _everybody(world: World, peer: SimPeer, number: int) -> None:
+    for each in list(world.peers.values()):
+        _hop(world, each, number)
+    for each in list(world.peers.values()):
+        world.exchange(each, OUTER)
+        world.exchange(each, PLAIN)
+        world.transfer(each)
+
+
+def _train(world: World, peer: SimPeer, number: int) -> None:
+    world.act(peer, "lease") if not peer.reader.left() else None
+    world.act(peer, "read", number % 5)
+    world.act(peer, "propose")
+
+
+def _freeze(world: World, peer: SimPeer, number: int) -> None:
+    peer.frozen = not peer.frozen
+
+
+def _get_stuck(world: World, peer: SimPeer, number: int) -> None:
+    peer.stuck = peer.mode != "training"
+
+
+def _restart(world: World, peer: SimPeer, number: int) -> None:
+    world.kill_coordinator(number % 4)
+    world.restart()
+
+
+def _crash_in_turn(world: World, peer: SimPeer, number: int) -> None:
+    world.crash = ("before", "after")[number % 2]
+
+
+ACTIONS: dict[str, Action] = {
+    "life": lambda w, p, n: w.start(NAMES[n % len(NAMES)]),
+    "enter": lambda w, p, n: w.act(p, "enter"),
+    "train": _train,
+    "propose": lambda w, p, n: w.act(p, "propose"),
+    "reduce": lambda w, p, n: w.act(p, "reduce"),
+    "say": lambda w, p, n: w.act(p, "ask_again"),
+    "up": lambda w, p, n: w.deliver_up(p, 1 + n % 3),
+    "down": lambda w, p, n: w.deliver_down(p, 1 + n % 3),
+    "hop": _hop,
+    "everybody": _everybody,
+    "exchange": lambda w, p, n: w.exchange(p, OUTER),
+    "transfer": lambda w, p, n: w.transfer(p),
+    "turn": lambda w, p, n: w.turn(read=n % 4),
+    "turns": lambda w, p, n: [w.turn(seconds=1.0) for _ in range(1 + n % 5)],
+    "tick": lambda w, p, n: w.tick((0.25, 0.5, 1.0)[n % 3]),
+    "gap": lambda w, p, n: w.tick(5.0 + n),
+    "die": lambda w, p, n: w.die(p, keep=bool(n % 2)),
+    "prove": lambda w, p, n: w.prove(p),
+    "freeze": _freeze,
+    "stuck": _get_stuck,
+    "cut": _cut,
+    "give up": lambda w, p, n: w.act(p, "give_up", (OUTER, PLAIN)[n % 2]),
+    "leave": lambda w, p, n: w.act(p, "leave"),
+    "kill coordinator": lambda w, p, n: w.kill_coordinator(n % 4),
+    "restart": _restart,
+    "crash": _crash_in_turn,
+}
+COMMON = [
+    *("train", "train", "train", "reduce", "hop", "hop", "hop", "up", "down", "exchange", "exchange", "exchange"),
+    *("everybody", "everybody", "turn", "tick", "tick", "say", "transfer", "life"),
+]
+
+schedules = st.lists(st.tuples(st.sampled_from([*ACTIONS, *COMMON]), st.integers(0, 19)), min_size=10, max_size=90)
+
+
+def play(world: World, schedule: list[tuple[str, int]], *, warm: bool) -> World:
+    """warm: three peers train already; else two are about to join. The number chooses the peer and the variant."""
+    for name in "abc" if warm else "ab":
+        world.start(name)
+    if warm:
+        assert world.run_until(lambda: world.ledger.version >= 1)
+    for action, number in schedule:
+        peers = list(world.peers.values())
+        ACTIONS[action](world, peers[-1 - number % min(len(peers), 7)], number)
+        if world.membership is None and number % 3 == 0:
+            world.restart()
+        world.steps += 1
+    return world
+
+
+def finish(world: World) -> World:
+    """All trouble ends. Then the run must go on by itself, unless the committed state died with its last holder."""
+    world.heal()
+    world.check_replay()
+    world.start("z")
+    target = world.ledger.version + KEPT
+    alive = world.run_until(lambda: world.ledger.version >= target or not world.obtainable())
+    assert alive, "nothing is in the way, and yet no round is committed"
+    world.check_replay()
+    world.check_agreement()
+    return world

@@ -1,0 +1,840 @@
+"""The membership's rules: one by one in short stories, and all at once in thousands of random schedules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from schedules import finish, play, schedules
+from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimPeer, World
+
+from collectives.records import LinkFailure, Member
+from elastic.config import RunPolicy
+from elastic.journal import Committed, DatasetRegistered, Leased, Released
+from elastic.membership import Membership, Send
+from elastic.messages import (
+    Applied,
+    CommitNote,
+    DoneReport,
+    Enter,
+    Exit,
+    FailedReport,
+    Heartbeat,
+    Join,
+    LeaseRequest,
+    Leases,
+    PeerStatus,
+    Propose,
+    Refused,
+    StatusRequest,
+    Withdraw,
+)
+
+# --- how the stories are told ---------------------------------------------------------------------------------------
+
+
+def training(names: str = "abc", **policy: Any) -> tuple[World, dict[str, SimPeer]]:
+    """A run whose peers have all begun to train from version 0 and hold a shard each; nothing is proposed yet."""
+    world = World(RunPolicy(**policy))
+    peers = {name: world.start(name) for name in names}
+    for peer in peers.values():
+        enter(world, peer)
+    return world, peers
+
+
+def enter(world: World, peer: SimPeer) -> None:
+    talk(world, peer)
+    world.act(peer, "enter")
+    talk(world, peer)
+    world.transfer(peer)
+    world.act(peer, "lease")
+    talk(world, peer)
+
+
+def talk(world: World, *peers: SimPeer) -> None:
+    """Everything that these peers (or all) say and are told arrives, until nobody has anything to say."""
+    for _ in range(8):
+        for peer in peers or list(world.peers.values()):
+            world.deliver_up(peer, 100)
+        for peer in peers or list(world.peers.values()):
+            world.deliver_down(peer, 100)
+
+
+def propose(world: World, *peers: SimPeer, read: int = 2) -> None:
+    for peer in peers:
+        world.act(peer, "read", read)
+        world.act(peer, "propose")
+        world.deliver_up(peer, 100)
+
+
+def exchange(world: World, *peers: SimPeer, tag: str = OUTER) -> None:
+    for peer in peers or list(world.peers.values()):
+        world.exchange(peer, tag)
+    talk(world, *peers)
+
+
+def wait(world: World, seconds: int, *beating: SimPeer) -> None:
+    """Time passes; these peers are heard meanwhile."""
+    for _ in range(seconds):
+        for peer in beating:
+            world.act(peer, "beat")
+            world.deliver_up(peer, 100)
+        world.tick(1.0)
+
+
+def commits(world: World) -> list[Committed]:
+    return [record for record in world.journal if isinstance(record, Committed)]
+
+
+def events(world: World, name: str) -> list[dict[str, Any]]:
+    return [fields for event, fields in world.events if event == name]
+
+
+def tell(world: World, peer: SimPeer, kind: type[Any], **fields: Any) -> list[Any]:
+    """One message straight to the coordinator; returns what it answers to this peer."""
+    assert world.membership is not None
+    common = {"run": RUN, "generation": world.membership.generation, "incarnation": peer.incarnation}
+    effects = world.membership.receive(peer.name, kind(**common | fields), world.now)
+    world._obey(effects)
+    return [e.message for e in effects if isinstance(e, Send) and e.incarnation == peer.incarnation]
+
+
+# --- rounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_three_peers_commit_a_round() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert (record.round, record.attempt, record.version, record.contributors) == (0, 0, 1, ("a", "b", "c"))
+    assert record.tokens == 6 and record.cursors == {0: 2, 1: 2, 2: 2}
+    assert {peer.version for peer in peers.values()} == {1}
+    assert world.membership.status(world.now).contributors == ("a", "b", "c")  # type: ignore[union-attr]
+
+
+def test_a_death_in_mid_attempt_costs_one_more_attempt_of_the_same_round_and_no_time() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    world.die(peers["c"])
+    before = world.now
+    talk(world)
+    exchange(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert (record.round, record.attempt, record.contributors) == (0, 1, ("a", "b"))
+    assert world.now == before and [fields["lost"] for fields in events(world, "round.shrunk")] == [["c"]]
+
+
+def test_with_one_link_cut_all_three_contribute() -> None:
+    world, peers = training()
+    world.cuts = {frozenset("ab")}
+    propose(world, *peers.values())
+    talk(world)
+    while not commits(world):
+        exchange(world)
+        world.tick(0.5)
+    assert commits(world)[0].contributors == ("a", "b", "c")
+    start = world.ledger.attempt(1, OUTER, 0, commits(world)[0].attempt)
+    assert start.shares == (0.0, 0.0, 1.0)
+
+
+def test_with_the_only_link_cut_one_of_two_goes_on_and_the_other_comes_back() -> None:
+    world, _peers = training("ab")
+    world.cuts = {frozenset("ab")}
+    assert world.run_until(lambda: len(commits(world)) >= 2)
+    assert {len(record.contributors) for record in commits(world)} == {1}
+    world.heal()
+    assert world.run_until(lambda: commits(world)[-1].contributors == ("a", "b"))
+    assert len(world.membership.members) == 2  # type: ignore[union-attr]
+
+
+def test_a_first_break_is_redialled_a_second_is_a_cut() -> None:
+    world, peers = training("ab")
+    for attempt in range(2):
+        propose(world, *peers.values()) if not attempt else None
+        talk(world)
+        for peer, other in ((peers["a"], peers["b"]), (peers["b"], peers["a"])):
+            lost = LinkFailure(peer=other.name, incarnation=other.incarnation, evidence="eof")
+            world.act(peer, "failed", peer.slots[OUTER], (lost,))
+        assert not world.membership.cuts  # type: ignore[union-attr]
+    talk(world)
+    assert set(world.membership.cuts) == {frozenset("ab")}  # type: ignore[union-attr]
+
+
+def test_a_silent_contributor_costs_the_round_not_the_membership() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    peers["c"].frozen = True
+    talk(world)
+    wait(world, 5, peers["a"], peers["b"])
+    talk(world)
+    exchange(world)
+    assert commits(world)[0].contributors == ("a", "b") and commits(world)[0].round == 0
+    assert events(world, "peer.suspected")[0]["peer"] == "c" and "c" in world.membership.members  # type: ignore[union-attr]
+    peers["c"].frozen = False
+    assert world.run_until(lambda: "c" in commits(world)[-1].contributors)
+    assert world.ledger.samples[2, 0] == 1, "what c had learned before counts, later"
+
+
+def test_a_death_after_done_undoes_nothing() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    talk(world)
+    world.exchange(peers["c"], OUTER)
+    world.deliver_up(peers["c"], 10)
+    world.die(peers["c"])
+    world.prove(peers["c"])
+    for name in "ab":
+        world.act(peers[name], "done", peers[name].slots[OUTER], peers["c"].slots[OUTER].result)
+    talk(world)
+    (record,) = commits(world)
+    assert (record.attempt, record.contributors, record.cursors) == (0, ("a", "b", "c"), {0: 2, 1: 2, 2: 2})
+
+
+def test_results_that_differ_are_not_committed() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    talk(world)
+    world.act(peers["c"], "done", peers["c"].slots[OUTER], "other bytes")
+    exchange(world)
+    assert not commits(world) and events(world, "parity.mismatch")
+    exchange(world)
+    assert (commits(world)[0].attempt, commits(world)[0].contributors) == (1, ("a", "b", "c"))
+
+
+def test_a_late_proposal_gets_the_commit_and_contributes_everything_next_time() -> None:
+    world, peers = training()
+    propose(world, peers["a"], peers["b"])
+    wait(world, 5, *peers.values())
+    propose(world, peers["c"])
+    talk(world)
+    exchange(world)
+    world.transfer(peers["c"])
+    assert commits(world)[0].contributors == ("a", "b") and peers["c"].version == 1
+    talk(world)
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    assert commits(world)[1].contributors == ("a", "b", "c") and commits(world)[1].tokens == 2 + 2 + 4
+
+
+def test_a_quorum_opens_a_round_and_grace_ends_the_wait() -> None:
+    world, peers = training()
+    propose(world, peers["a"])
+    wait(world, 10, *peers.values())
+    assert not events(world, "round.started"), "one of three is no quorum"
+    propose(world, peers["b"])
+    wait(world, int(TIMES.grace) - 1, *peers.values())
+    assert not events(world, "round.started")
+    wait(world, 1, *peers.values())
+    assert events(world, "round.started")[0]["contributors"] == ["a", "b"]
+
+
+def test_quorum_of_all_still_goes_on_without_the_silent() -> None:
+    world, peers = training(quorum=1.0)
+    peers["c"].frozen = True
+    propose(world, peers["a"], peers["b"])
+    wait(world, 3, peers["a"], peers["b"])
+    assert not events(world, "round.started")
+    wait(world, 1, peers["a"], peers["b"])
+    assert events(world, "round.started")[0]["contributors"] == ["a", "b"]
+
+
+def test_rounds_wait_for_min_peers() -> None:
+    world, peers = training("a", min_peers=2)
+    propose(world, peers["a"])
+    wait(world, 20, peers["a"])
+    assert not events(world, "round.started")
+    world.start("b")
+    assert world.run_until(lambda: bool(commits(world)) and commits(world)[-1].contributors == ("a", "b"))
+
+
+def test_a_round_without_weight_is_skipped_and_changes_nothing() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values(), read=0)
+    talk(world)
+    (record,) = commits(world)
+    assert record.skipped and (record.round, record.version, record.tokens) == (0, 0, 0)
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    assert (commits(world)[1].round, commits(world)[1].version) == (1, 1)
+
+
+def test_a_peer_that_gives_nothing_gets_the_result() -> None:
+    world, peers = training()
+    propose(world, peers["c"], read=0)
+    propose(world, peers["a"], peers["b"])
+    talk(world)
+    exchange(world)
+    start = world.ledger.attempt(1, OUTER, 0, 0)
+    assert [m.name for m in start.receivers] == ["c"] and commits(world)[0].contributors == ("a", "b")
+    world.transfer(peers["c"])
+    assert peers["c"].version == 1
+
+
+def test_at_its_target_the_run_is_over_and_who_is_behind_still_gets_the_last_commit() -> None:
+    world, peers = training("ab", rounds=1, quorum=0.4)
+    peers["b"].frozen = True
+    propose(world, peers["a"])
+    wait(world, 5, peers["a"])
+    talk(world)
+    exchange(world)
+    assert world.membership.progress.finished  # type: ignore[union-attr]
+    world.down[peers["b"].incarnation].clear()  # the broadcast is lost
+    peers["b"].frozen = False
+    propose(world, peers["b"])
+    talk(world)
+    world.transfer(peers["b"])
+    assert peers["b"].version == 1
+    talk(world)
+    propose(world, *peers.values())
+    talk(world)
+    assert len(commits(world)) == 1 and peers["a"].slots[OUTER].proposal is None
+
+
+def test_after_too_many_attempts_the_round_is_given_up_and_every_input_is_untouched() -> None:
+    world, peers = training("ab", max_attempts=2)
+    propose(world, *peers.values())
+    talk(world)
+    for _ in range(2):
+        for peer in peers.values():
+            world.act(peer, "failed", peer.slots[OUTER], ())
+        talk(world)
+    assert events(world, "round.failed") and not commits(world)
+    propose(world, *peers.values(), read=0)
+    talk(world)
+    exchange(world)
+    assert commits(world)[0].round == 0 and commits(world)[0].tokens == 4
+
+
+def test_attempts_of_one_round_never_share_an_identity() -> None:
+    world, peers = training("ab", max_attempts=1)
+    for _ in range(3):
+        propose(world, *peers.values())
+        talk(world)
+        for peer in peers.values():
+            world.act(peer, "failed", peer.slots[OUTER], ())
+        talk(world)
+    assert [fields["attempt"] for fields in events(world, "round.started")] == [0, 1, 2]
+
+
+def test_an_attempt_that_takes_too_long_is_tried_again() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    wait(world, int(TIMES.operation) + 2, *peers.values())
+    talk(world)
+    assert [fields["attempt"] for fields in events(world, "round.started")] == [0, 1]
+
+
+def test_a_newer_proposal_ends_the_attempt_that_has_the_older_one() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    peers["a"].slots[OUTER].close()
+    propose(world, peers["a"])
+    talk(world)
+    exchange(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert record.contributors == ("b",) and record.attempt == 1
+    propose(world, peers["b"])
+    assert world.run_until(lambda: "a" in commits(world)[-1].contributors)
+
+
+def test_a_caller_that_no_longer_waits_is_left_out() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    world.act(peers["a"], "give_up", OUTER)
+    talk(world)
+    exchange(world)
+    assert commits(world)[0].contributors == ("b",)
+
+
+def test_a_withdrawn_late_proposal_does_not_enter_the_next_round() -> None:
+    world, peers = training()
+    propose(world, peers["a"], peers["b"])
+    wait(world, 5, *peers.values())
+    propose(world, peers["c"])
+    world.act(peers["c"], "give_up", OUTER)
+    talk(world)
+    assert not world.membership.operations[OUTER].late  # type: ignore[union-attr]
+
+
+# --- joining, founding, state ---------------------------------------------------------------------------------------
+
+
+def test_a_joiner_that_never_finishes_delays_nobody() -> None:
+    world, _ = training("ab")
+    world.start("j").stuck = True
+    before, began = len(commits(world)), world.now
+    assert world.run_until(lambda: len(commits(world)) >= before + 10)
+    alone, _ = training("ab")
+    start = alone.now
+    assert alone.run_until(lambda: len(commits(alone)) >= 10)
+    assert world.now - began == alone.now - start
+
+
+def test_a_joiner_enters_at_a_boundary_and_contributes() -> None:
+    world, _ = training("ab")
+    assert world.run_until(lambda: world.ledger.version >= 3)
+    joiner = world.start("j")
+    assert world.run_until(lambda: "j" in commits(world)[-1].contributors)
+    assert joiner.version == world.ledger.version
+
+
+def test_if_the_founder_dies_before_anybody_has_its_state_the_next_founds() -> None:
+    world = World()
+    founder, other = world.start("a"), world.start("b")
+    talk(world)
+    world.act(founder, "enter")
+    world.deliver_up(founder, 10)
+    world.act(other, "enter")
+    talk(world, other)
+    assert other.mode == "entering" and other.fetching is None, "the founder is about to hold it"
+    world.die(founder)
+    world.prove(founder)
+    enter(world, other)
+    assert other.version == 0 and other.states[0] == other.own_state
+
+
+def test_a_new_life_under_the_founders_name_is_not_the_founder() -> None:
+    world = World()
+    first = world.start("a")
+    talk(world)
+    world.act(first, "enter")
+    world.deliver_up(first, 10)
+    world.die(first)
+    second = world.start("a")
+    enter(world, second)
+    assert second.version == 0
+
+
+def test_a_contribution_measured_from_another_founders_state_is_refused() -> None:
+    world, peers = training("a")
+    stranger = world.start("b")
+    talk(world)
+    fields = {"tag": OUTER, "sequence": 1, "weight": 1.0, "cursors": {}, "spec": OUTER_SPEC, "base_version": 0}
+    (answer,) = tell(world, stranger, Propose, base_hash="another", **fields)
+    assert isinstance(answer, Refused) and answer.error == "ParityError" and peers["a"].states[0] in answer.reason
+
+
+def test_a_peer_that_drifts_is_named_and_takes_no_further_part() -> None:
+    world, peers = training("ab")
+    (answer,) = tell(world, peers["b"], Applied, tag=OUTER, fragment=0, version=0, state_hash="drifted")
+    assert answer.error == "ParityError" and "drifted" in answer.reason
+    assert events(world, "parity.mismatch")[0]["peer"] == "b"
+    assert OUTER not in world.membership.members["b"].trains  # type: ignore[union-attr]
+
+
+def test_results_come_from_those_who_applied_them_when_the_contributors_are_gone() -> None:
+    world, peers = training("abcd", quorum=0.4)
+    propose(world, peers["a"], peers["b"])
+    wait(world, 5, *peers.values())
+    talk(world, peers["a"], peers["b"], peers["c"])
+    exchange(world, peers["a"], peers["b"], peers["c"])
+    world.transfer(peers["c"])
+    talk(world, peers["c"])
+    for name in "ab":
+        world.die(peers[name])
+        world.start(name)
+    talk(world)
+    commit = peers["d"].wanted.get(1)
+    assert peers["c"].version == 1 and commit is not None
+    world.act(peers["d"], "ask_again")
+    talk(world)
+    assert [member.name for member in peers["d"].wanted[1].sources] == ["c"]
+    world.transfer(peers["d"])
+    assert peers["d"].version == 1
+
+
+def test_peers_that_are_far_behind_keep_nobody_waiting() -> None:
+    world, peers = training("abc", quorum=0.3)
+    for name in "bc":
+        peers[name].frozen = True
+    assert world.run_until(lambda: world.ledger.version >= 6)
+    world.heal()
+    for name in "bc":
+        peers[name].stuck = True
+    before = world.ledger.version
+    assert world.run_until(lambda: world.ledger.version >= before + 2)
+
+
+def test_nobody_left_that_holds_the_state_is_said() -> None:
+    world, peers = training("a")
+    assert world.run_until(lambda: world.ledger.version >= 1)
+    world.die(peers["a"])
+    world.prove(peers["a"])
+    late = world.start("b")
+    enter(world, late)
+    assert late.refusals[-1].error == "NoSource" and "version 1" in late.refusals[-1].reason
+
+
+# --- parity, versions, names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field, value", [("op", "sum"), ("elements", 9), ("wire", "int8"), ("algorithm", "noloco")])
+def test_a_mismatch_names_both_values(field: str, value: Any) -> None:
+    world, _ = training("a")
+    peer = world.start("b")
+    talk(world)
+    spec = replace(OUTER_SPEC, **{field: value})
+    (answer,) = tell(world, peer, Enter, tag=OUTER, spec=spec, state_hash="x")
+    assert answer.error == "ParityError"
+    assert field in answer.reason and repr(value) in answer.reason and repr(getattr(OUTER_SPEC, field)) in answer.reason
+
+
+def test_a_mismatch_in_a_plain_operation_is_refused_to_the_second() -> None:
+    world, peers = training("ab")
+    world.act(peers["a"], "reduce")
+    talk(world)
+    spec = replace(PLAIN_SPEC, elements=3)
+    (answer,) = tell(world, peers["b"], Propose, tag=PLAIN, sequence=5, weight=1.0, cursors={}, spec=spec)
+    assert (answer.error, answer.tag, answer.sequence) == ("ParityError", PLAIN, 5)
+
+
+def test_a_tag_is_either_of_a_loop_or_of_plain_operations() -> None:
+    world, peers = training("ab")
+    fields = {"sequence": 1, "weight": 1.0, "cursors": {}, "spec": OUTER_SPEC}
+    (answer,) = tell(world, peers["a"], Propose, tag=OUTER, **fields)
+    assert answer.error == "ParityError" and OUTER not in world.membership.operations  # type: ignore[union-attr]
+
+
+def test_another_protocol_version_is_refused() -> None:
+    world, _peers = training("a")
+    joiner = SimPeer("n", 77)
+    (answer,) = tell(world, joiner, Join, member=joiner.member, site="here", protocol=99)
+    assert answer.error == "VersionMismatch" and "99" in answer.reason
+    assert "n" not in world.membership.members  # type: ignore[union-attr]
+
+
+def test_another_run_is_refused() -> None:
+    world, peers = training("a")
+    before = len(world.journal)
+    (answer,) = tell(world, peers["a"], Heartbeat, run="other", status=PeerStatus())
+    assert answer.error == "ConfigurationError" and RUN in answer.reason and len(world.journal) == before
+
+
+@pytest.mark.parametrize("member", [Member(name="other", incarnation=77), Member(name="n", incarnation=78)])
+def test_a_join_in_another_name_changes_nothing(member: Member) -> None:
+    world, _ = training("a")
+    (answer,) = tell(world, SimPeer("n", 77), Join, member=member, site="here")
+    assert answer.error == "ConfigurationError" and set(world.membership.members) == {"a"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, 1e300])
+def test_an_impossible_weight_is_refused(weight: float) -> None:
+    world, peers = training("a")
+    fields = {"tag": OUTER, "sequence": 1, "cursors": {}, "spec": OUTER_SPEC, "base_version": 0}
+    (answer,) = tell(world, peers["a"], Propose, weight=weight, **fields)
+    assert answer.error == "ConfigurationError" and not world.membership.operations  # type: ignore[union-attr]
+
+
+# --- lives, silence, proof ------------------------------------------------------------------------------------------
+
+
+def test_silence_ends_a_membership_only_after_evict_after() -> None:
+    world, peers = training("ab")
+    wait(world, int(TIMES.evict_after), peers["a"])
+    assert "b" in world.membership.members  # type: ignore[union-attr]
+    wait(world, 1, peers["a"])
+    assert "b" not in world.membership.members and "silent" in events(world, "peer.evicted")[0]["evidence"]  # type: ignore[union-attr]
+    talk(world)
+    assert "silent" in peers["b"].expelled
+
+
+def test_after_a_gap_in_its_own_clock_the_coordinator_blames_nobody() -> None:
+    world, _peers = training("ab")
+    world.tick(100.0)
+    wait(world, int(TIMES.chunk))
+    assert not events(world, "peer.suspected") and len(world.membership.members) == 2  # type: ignore[union-attr]
+
+
+def test_a_new_life_takes_over_and_the_old_one_changes_nothing() -> None:
+    world, peers = training("ab")
+    old = peers["a"]
+    new = world.start("a")
+    talk(world, new)
+    propose(world, old)  # compared with the durable state before, in `to_coordinator`
+    talk(world)
+    assert "another life" in old.expelled and world.membership.members["a"].life == 2  # type: ignore[union-attr]
+    assert OUTER not in world.membership.operations  # type: ignore[union-attr]
+
+
+def test_whoever_leaves_a_loop_is_not_waited_for() -> None:
+    world, peers = training("ab")
+    tell(world, peers["b"], Exit, tag=OUTER)
+    propose(world, peers["a"])
+    assert events(world, "round.started")[0]["contributors"] == ["a"]
+
+
+def test_the_status_report_says_who_is_there_and_how() -> None:
+    world, peers = training("ab")
+    tell(world, peers["a"], Heartbeat, status=PeerStatus(step=7))
+    wait(world, 4, peers["a"])
+    (report,) = tell(world, SimPeer("anybody", 5), StatusRequest)
+    by_name = {member.name: member for member in report.members}
+    assert by_name["b"].state == "suspect" and by_name["a"].state == "active" and by_name["a"].version == 0
+
+
+# --- the coordinator's own lives ------------------------------------------------------------------------------------
+
+
+def restarted(world: World) -> None:
+    world.kill_coordinator()
+    world.restart()
+
+
+def test_a_restart_while_proposals_are_gathered() -> None:
+    world, peers = training()
+    propose(world, peers["a"], peers["b"])
+    restarted(world)
+    assert world.run_until(lambda: bool(commits(world)))
+    assert commits(world)[0].contributors == ("a", "b", "c") and commits(world)[0].round == 0
+
+
+def test_a_restart_in_mid_attempt() -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    talk(world)
+    world.exchange(peers["a"], OUTER)
+    restarted(world)
+    assert world.run_until(lambda: bool(commits(world)))
+    assert commits(world)[0].contributors == ("a", "b", "c") and commits(world)[0].tokens == 6
+
+
+@pytest.mark.parametrize("crash, again", [("after", 0), ("before", 1)])
+def test_a_crash_around_the_durable_commit(crash: str, again: int) -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    for peer in peers.values():
+        world.exchange(peer, OUTER)
+    world.deliver_up(peers["a"], 10)
+    world.crash = crash
+    world.deliver_up(peers["b"], 10)
+    assert world.membership is None and len(commits(world)) == 1 - again
+    world.restart()
+    assert world.run_until(lambda: min(peer.version for peer in peers.values()) >= 1)
+    assert commits(world)[0].contributors == ("a", "b") and commits(world)[0].tokens == 4
+
+
+def test_the_first_to_come_back_does_not_run_a_round_alone() -> None:
+    world, peers = training()
+    restarted(world)
+    world.act(peers["a"], "beat")
+    talk(world, peers["a"])
+    propose(world, peers["a"])
+    world.tick(1.0)
+    assert not events(world, "round.started")
+
+
+def test_after_a_restart_a_joiner_waits_for_members_that_have_not_said_what_they_hold() -> None:
+    world, _peers = training("a")
+    assert world.run_until(lambda: world.ledger.version >= 1)
+    restarted(world)
+    joiner = world.start("j")
+    talk(world, joiner)
+    for _ in range(8):
+        world.act(joiner, "enter")
+        talk(world, joiner)
+        wait(world, 1, joiner)
+    assert not joiner.refusals and joiner.mode == "entering"
+    assert world.run_until(lambda: joiner.version >= 1)
+
+
+@pytest.mark.parametrize("order", ["abc", "bca"])
+def test_a_plain_operation_in_doubt_is_settled_by_whoever_saw_the_commit(order: str) -> None:
+    world, peers = training()
+    for peer in peers.values():
+        world.act(peer, "reduce")
+    talk(world)
+    for peer in peers.values():
+        world.exchange(peer, PLAIN)
+        world.deliver_up(peer, 10)
+    world.deliver_down(peers["a"], 10)
+    restarted(world)
+    for name in order:
+        world.act(peers[name], "beat")
+        world.deliver_up(peers[name], 10)
+        world.deliver_down(peers[name], 10)
+        talk(world, peers[name])
+    talk(world)
+    outcomes = [peer.plain_outcomes[0] for peer in peers.values()]
+    assert all(outcome is not None for outcome in outcomes)
+    assert len({(outcome.round, outcome.digest) for outcome in outcomes if outcome}) == 1
+
+
+def test_a_note_about_an_outer_loop_is_no_commit() -> None:
+    world, peers = training("ab")
+    note = CommitNote(tag=OUTER, round=9, attempt=0, digest="x", contributors=("a",))
+    tell(world, peers["a"], Join, member=peers["a"].member, site="here", commits=(note,))
+    assert OUTER not in world.membership.commits  # type: ignore[union-attr]
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def leased(world: World, peer: SimPeer, holding: tuple[int, ...] = (), **fields: int) -> Leases:
+    data = {"samples": 60, "shard_size": 6, "seed": 3, "epochs": 0} | fields
+    (answer,) = tell(world, peer, LeaseRequest, holding=holding, **data)
+    assert isinstance(answer, Leases), answer
+    return answer
+
+
+def test_the_next_life_reads_on_from_the_committed_cursor_of_the_same_shard() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    propose(world, peers["b"])  # read, proposed, and lost with it
+    world.die(peers["b"])
+    successor = world.start("b")
+    talk(world)
+    assert leased(world, successor).shards == {1: 2}
+
+
+def test_a_departed_peers_shard_goes_to_others_after_evict_after() -> None:
+    world, peers = training("ab")
+    world.die(peers["b"])
+    world.prove(peers["b"])
+    assert leased(world, peers["a"], (0,)).shards == {0: 0, 2: 0}
+    wait(world, int(TIMES.evict_after) + 1, peers["a"])
+    assert [record for record in world.journal if isinstance(record, Released)] == [Released(name="b")]
+    assert leased(world, peers["a"], (0, 2)).shards == {0: 0, 1: 0, 2: 0}
+
+
+def test_the_deadline_of_a_lost_holder_starts_anew_with_the_coordinator() -> None:
+    world, peers = training("ab")
+    world.die(peers["b"])
+    world.prove(peers["b"])
+    wait(world, int(TIMES.evict_after) - 1, peers["a"])
+    restarted(world)
+    talk(world)
+    wait(world, int(TIMES.evict_after), peers["a"])
+    assert not events(world, "shard.released")
+    wait(world, 1, peers["a"])
+    assert events(world, "shard.released") == [{"peer": "b", "shards": [1]}]
+
+
+def test_who_leaves_gives_its_shards_back_at_once() -> None:
+    world, peers = training("ab")
+    world.act(peers["b"], "leave")
+    talk(world)
+    assert leased(world, peers["a"], (0,)).shards == {0: 0, 1: 0}
+
+
+def test_a_shard_waits_until_the_contribution_of_its_last_holder_is_decided() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    world.exchange(peers["b"], OUTER)
+    world.act(peers["b"], "leave")
+    talk(world, peers["b"])
+    assert 1 not in leased(world, peers["a"], (0,)).shards
+    exchange(world, peers["a"])
+    assert commits(world)[0].contributors == ("a", "b")
+    assert leased(world, peers["a"], (0, 2)).shards[1] == 2
+
+
+def test_a_finite_number_of_epochs_ends() -> None:
+    world = World()
+    peer = world.start("a")
+    talk(world)
+    shards: dict[int, int] = {}
+    for _ in range(4):
+        answer = leased(world, peer, tuple(shards), samples=10, shard_size=5, epochs=2)
+        assert not answer.spent
+        shards = answer.shards
+    assert shards == {0: 0, 1: 0, 2: 0, 3: 0}
+    assert leased(world, peer, tuple(shards), samples=10, shard_size=5, epochs=2).spent
+
+
+def test_asking_again_leases_nothing_more() -> None:
+    world = World()
+    peer = world.start("a")
+    talk(world)
+    assert leased(world, peer) == leased(world, peer)
+    assert len([record for record in world.journal if isinstance(record, Leased)]) == 1
+
+
+def test_everything_can_be_handed_back() -> None:
+    world, peers = training("ab")
+    assert leased(world, peers["a"], samples=0).shards == {}
+    assert 0 in leased(world, peers["b"], (1,)).shards
+
+
+def test_other_data_is_refused_naming_both() -> None:
+    world, peers = training("a")
+    (answer,) = tell(world, peers["a"], LeaseRequest, samples=61, shard_size=6, seed=3, epochs=0)
+    assert answer.error == "ParityError" and "61" in answer.reason and "60" in answer.reason
+
+
+@pytest.mark.parametrize("samples, shard_size, epochs", [(-1, 6, 0), (60, 0, 0), (60, -1, 0), (60, 6, -1)])
+def test_impossible_data_is_refused_and_not_remembered(samples: int, shard_size: int, epochs: int) -> None:
+    world = World()
+    peer = world.start("a")
+    talk(world)
+    (answer,) = tell(world, peer, LeaseRequest, samples=samples, shard_size=shard_size, seed=0, epochs=epochs)
+    assert answer.error == "ConfigurationError"
+    assert not any(isinstance(record, DatasetRegistered) for record in world.journal)
+
+
+# --- everything at once ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules, warm=st.booleans())
+@example(schedule=[("turn", 14), ("life", 15)], warm=False)
+@example(schedule=[("turns", 13), ("everybody", 6), ("life", 5)], warm=False)
+@example(schedule=[("freeze", 1), ("crash", 9), ("turns", 9), ("up", 1), ("freeze", 0), ("train", 13)], warm=True)
+def test_no_schedule_breaks_a_promise_and_the_run_goes_on(schedule: list[tuple[str, int]], warm: bool) -> None:
+    finish(play(World(), schedule, warm=warm))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules, quorum=st.sampled_from([0.3, 0.5, 1.0]), attempts=st.integers(1, 3))
+def test_no_schedule_breaks_a_promise_under_other_policies(
+    schedule: list[tuple[str, int]], quorum: float, attempts: int
+) -> None:
+    finish(play(World(RunPolicy(quorum=quorum, max_attempts=attempts)), schedule, warm=True))
+
+
+messages = st.one_of(
+    st.builds(lambda r, a: (DoneReport, {"tag": OUTER, "round": r, "attempt": a, "digest": "?"}),
+              st.integers(-1, 3), st.integers(-1, 2)),
+    st.builds(lambda r, a: (FailedReport, {"tag": OUTER, "round": r, "attempt": a, "reason": ""}),
+              st.integers(-1, 3), st.integers(-1, 2)),
+    st.builds(lambda v: (Applied, {"tag": OUTER, "fragment": 0, "version": v, "state_hash": "?"}), st.integers(-1, 3)),
+    st.builds(lambda s: (Withdraw, {"tag": OUTER, "sequence": s}), st.integers(-1, 3)),
+    st.builds(lambda s, w, b, f: (Propose, {"tag": OUTER, "sequence": s, "weight": w, "cursors": {0: 99, 7: -1},
+                                            "spec": OUTER_SPEC, "base_version": b, "fragment": f}),
+              st.integers(-1, 3), st.sampled_from([0.0, 1.0]), st.integers(-1, 2), st.integers(0, 1)),
+    st.just((Exit, {"tag": "?"})),
+    st.just((Enter, {"tag": OUTER, "spec": OUTER_SPEC, "fragment": 3, "state_hash": "?"})),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(lies=st.lists(st.tuples(st.sampled_from("abc"), messages), max_size=20))
+def test_nothing_that_a_member_says_takes_the_coordinator_down(lies: list[tuple[str, Any]]) -> None:
+    world, peers = training()
+    propose(world, peers["a"], peers["b"])
+    membership = world.membership
+    assert membership is not None
+    records: list[Any] = list(world.journal)
+    for name, (kind, fields) in lies:
+        common = {"run": RUN, "generation": 1, "incarnation": peers[name].incarnation}
+        effects = membership.receive(name, kind(**common | fields), world.now)
+        effects += membership.tick(world.now)
+        records += [effect.record for effect in effects if hasattr(effect, "record")]
+    again = Membership(RUN, RunPolicy(), TIMES)
+    again.begin(records, world.now)
+    assert again.tokens == membership.tokens
