@@ -33,9 +33,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Returns the ELASTIC_* variables that are set. Raises ConfigurationError for one that does not exist."""
     found = {key: value for key, value in environ.items() if key.startswith("ELASTIC_")}
+    known = [key.removeprefix("ELASTIC_") for key in ENVIRONMENT]
     for key in sorted(found.keys() - ENVIRONMENT.keys()):
-        near = difflib.get_close_matches(key, ENVIRONMENT, n=1)
-        hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(sorted(ENVIRONMENT))
+        near = difflib.get_close_matches(key.removeprefix("ELASTIC_"), known, n=1)
+        hint = f"did you mean ELASTIC_{near[0]}?" if near else "known: " + ", ".join(sorted(ENVIRONMENT))
         raise ConfigurationError(f"unknown environment variable {key}: {hint}")
     return found
 

@@ -1,0 +1,139 @@
+"""Every sample is leased, read and committed once, whoever reads it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic.journal import DatasetRegistered
+from elastic.shards import Layout, ShardReader, ShardTable
+
+fixed = settings(derandomize=True, deadline=None)
+layouts = st.builds(Layout, st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
+
+
+def table_of(layout: Layout, epochs: int = 1) -> ShardTable:
+    return ShardTable.of(
+        DatasetRegistered(samples=layout.samples, shard_size=layout.shard_size, seed=layout.seed, epochs=epochs)
+    )
+
+
+@fixed
+@given(layout=layouts, epoch=st.integers(0, 3))
+def test_the_shards_of_an_epoch_hold_each_sample_once(layout: Layout, epoch: int) -> None:
+    count = layout.shards_per_epoch
+    orders = [layout.order(shard) for shard in range(epoch * count, (epoch + 1) * count)]
+    assert sorted(index for order in orders for index in order) == list(range(layout.samples))
+    assert [len(order) for order in orders] == [layout.size(epoch * count + i) for i in range(count)]
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_shard() -> None:
+    layout = Layout(100, 10, 7)
+    assert layout.order(3) == Layout(100, 10, 7).order(3) != layout.order(13) != Layout(100, 10, 8).order(13)
+
+
+@fixed
+@given(layout=layouts, epochs=st.integers(1, 3), names=st.lists(st.sampled_from("abc"), max_size=60))
+def test_leasing_ends_after_the_last_epoch_and_no_shard_has_two_holders(
+    layout: Layout, epochs: int, names: list[str]
+) -> None:
+    table, given_out = table_of(layout, epochs), list[int]()
+    for name in names:
+        shard = table.offer()
+        if shard is None:
+            break
+        given_out.append(shard)
+        table.lease(name, (shard,))
+    total = epochs * layout.shards_per_epoch
+    assert given_out == list(range(min(len(names), total)))
+    assert (table.offer() is None) == (len(given_out) == total)
+    assert sorted(shard for name in "abc" for shard in table.held_by(name)) == given_out
+
+
+def test_zero_epochs_never_end() -> None:
+    table = table_of(Layout(4, 2, 0), epochs=0)
+    for shard in range(50):
+        table.lease("a", (shard,))
+    assert table.offer() == 50
+
+
+def test_released_shards_go_first_and_keep_their_cursor() -> None:
+    table = table_of(Layout(40, 10, 0))
+    table.lease("a", (0,))
+    table.lease("b", (1,))
+    table.commit({0: 4})
+    table.release("a")
+    assert table.offer() == 0 and table.cursors[0] == 4
+    assert table.offer(but={0}) == 2
+    table.lease("b", (0,))
+    assert table.held_by("b") == [0, 1] and not table.free
+
+
+@fixed
+@given(moves=st.lists(st.dictionaries(st.integers(-1, 5), st.integers(-5, 25)), max_size=20))
+def test_cursors_never_go_back_and_never_beyond_the_end(moves: list[dict[int, int]]) -> None:
+    table = table_of(Layout(35, 10, 0))
+    for shard in range(4):
+        table.lease("a", (shard,))
+    for move in moves:
+        before, count = dict(table.cursors), table.committed
+        table.commit(move)
+        assert all(table.cursors.get(shard, 99) >= position for shard, position in before.items())
+        assert table.committed >= count
+    open_shards = sum(table.cursors.values())
+    closed = sum(table.layout.size(shard) for shard in range(4) if shard not in table.cursors)
+    assert table.committed == open_shards + closed <= 35
+
+
+def test_a_shard_read_to_its_end_is_closed_for_good() -> None:
+    table = table_of(Layout(20, 10, 0))
+    table.lease("a", (0,))
+    table.commit({0: 10})
+    table.commit({0: 3})
+    assert table.held_by("a") == [] and table.cursors == {} and table.committed == 10
+    table.release("a")
+    assert table.offer() == 1
+
+
+@fixed
+@given(layout=layouts, sizes=st.lists(st.integers(1, 9), max_size=40))
+def test_a_reader_hands_out_each_sample_once(layout: Layout, sizes: list[int]) -> None:
+    reader, seen = ShardReader(layout), Counter[int]()
+    shards = dict.fromkeys(range(layout.shards_per_epoch), 0)
+    reader.add(shards)
+    for size in sizes:
+        batch = reader.batch(size)
+        assert len(batch) <= size and (batch or not reader.left())
+        seen.update(batch)
+    assert max(seen.values(), default=1) == 1
+    assert reader.left() == layout.samples - seen.total()
+    assert reader.stepped() == seen.total() == sum(reader.cursors.values()) and reader.stepped() == 0
+
+
+def test_a_reader_begins_at_the_cursor_and_counts_only_what_was_stepped() -> None:
+    layout = Layout(20, 10, 1)
+    reader = ShardReader(layout)
+    reader.add({0: 4})
+    assert reader.batch(3) == layout.order(0)[4:7] and reader.cursors == {0: 4}
+    assert reader.stepped() == 3 and reader.cursors == {0: 7}
+    reader.add({0: 0})
+    assert reader.cursors == {0: 7}, "a shard that is known stays as it is"
+
+
+def test_a_reader_rewinds_to_what_was_committed() -> None:
+    layout = Layout(20, 10, 1)
+    reader = ShardReader(layout)
+    reader.add({0: 0, 1: 0})
+    first = reader.batch(6)
+    reader.stepped()
+    reader.rewind({0: 2, 5: 1})
+    assert reader.batch(4) == first[2:] and reader.cursors == {0: 2, 1: 0}
+
+
+def test_a_reader_forgets_what_is_committed_to_the_end() -> None:
+    reader = ShardReader(Layout(20, 10, 1))
+    reader.add({0: 0, 1: 0})
+    reader.forget({0: 10, 1: 9, 7: 3})
+    assert reader.holding == (1,) and list(reader) == [1] and reader.left() == 10
