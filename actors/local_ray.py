@@ -48,6 +48,7 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
                 ray.shutdown()
     finally:
         _end(lambda: _children() - before)
+        _reap(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -56,13 +57,13 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
 
 
-def _children() -> set[int]:
-    """All living processes below this one."""
+def _children(*, ended: bool = False) -> set[int]:
+    """All processes below this one; those that have ended and not been waited for too, if asked."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
+            if ended or state != "Z":
                 parents.setdefault(int(parent), []).append(int(entry.name))
     found: set[int] = set()
     queue = [os.getpid()]
@@ -76,16 +77,19 @@ def _children() -> set[int]:
 def _end(left: Callable[[], set[int]]) -> None:
     """Ends, by pid, what an interrupted start or shutdown has left behind."""
     for number, seconds in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 1.0)):
-        pids = left()
-        for pid in pids:
+        for pid in left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + seconds
         while left() and time.monotonic() < deadline:
             time.sleep(0.02)
-        for pid in pids:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+
+
+def _reap(before: set[int]) -> None:
+    # killed processes whose parent was killed too have become ours to wait for
+    for pid in _children(ended=True) - before:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
 
 
 def _authenticate(folder: Path) -> None:

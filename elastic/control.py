@@ -6,6 +6,7 @@ reconnects by itself, and everything that matters is asked for again until it is
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -22,7 +23,7 @@ class Control:
     """Connects to `address` as (name, incarnation).
 
     on_message runs on the control thread and must not block; on_beat, called every `heartbeat` seconds, returns the
-    message to send or None.
+    message to send or None. on_failure is called if the thread ends by an error of its own.
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class Control:
         heartbeat: float,
         on_message: Callable[[Any], None],
         on_beat: Callable[[], Message | None],
+        on_failure: Callable[[Exception], None],
     ) -> None:
         self.heard_at = time.monotonic()
-        self.failure: BaseException | None = None
         self._heartbeat, self._on_message, self._on_beat = heartbeat, on_message, on_beat
+        self._on_failure = on_failure
         self._outbox: deque[Message] = deque()
         self._stopping = False
         self._context = zmq.Context()
@@ -68,7 +70,11 @@ class Control:
         self._outbox.append(message)
         with self._wake_lock:
             if not self._stopping:
-                self._waker.send(b"")
+                self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(zmq.Again):  # a full pipe wakes as well as one more message would
+            self._waker.send(b"", zmq.NOBLOCK)
 
     def _loop(self) -> None:
         poller = zmq.Poller()
@@ -83,8 +89,8 @@ class Control:
                 wait = max(0.0, next_beat - time.monotonic())
                 ready = dict(poller.poll(int(wait * 1000) + 1))
                 self._turn(ready)
-        except BaseException as error:
-            self.failure = error
+        except Exception as error:
+            self._on_failure(error)
             raise
         finally:
             self._flush()
@@ -130,7 +136,7 @@ class Control:
         with self._wake_lock:
             if not self._stopping:
                 self._stopping = True
-                self._waker.send(b"")
+                self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._waker.close()

@@ -223,11 +223,11 @@ class Membership:
     def _is_current(self, name: str, message: Message) -> bool:
         state = self.members.get(name)
         if message.incarnation in self.retired:
-            self._send_to(name, message.incarnation, Expelled(run=self.run, reason=self.retired[message.incarnation]))
+            self._send_to(name, message.incarnation, self._stamp(Expelled, reason=self.retired[message.incarnation]))
             return False
         known = state is not None and state.member.incarnation == message.incarnation
         if not known or message.generation != self.generation:
-            self._send_to(name, message.incarnation, Represent(run=self.run, generation=self.generation))
+            self._send_to(name, message.incarnation, self._stamp(Represent))
             return False
         return True
 
@@ -241,7 +241,7 @@ class Membership:
             self._refuse(name, message, "ConfigurationError", f"peer {name} presents itself as {message.member}")
             return
         if incarnation in self.retired:
-            self._send_to(name, incarnation, Expelled(run=self.run, reason=self.retired[incarnation]))
+            self._send_to(name, incarnation, self._stamp(Expelled, reason=self.retired[incarnation]))
             return
         state = self.members.get(name)
         if state is not None and state.member.incarnation != incarnation:
@@ -276,7 +276,7 @@ class Membership:
             return
         self._returning.pop(name, None)
         self._record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
-        self._send_to(name, state.member.incarnation, Expelled(run=self.run, reason=reason))
+        self._send_to(name, state.member.incarnation, self._stamp(Expelled, reason=reason))
         self._broadcast(self._stamp(View, removed=(name,), reason=reason))
         self._emit("peer.left" if release else "peer.evicted", peer=name, evidence=reason, epoch=self.epoch)
         if release:
@@ -679,7 +679,7 @@ class Membership:
             contributors=rounds.members_of(names, self._members()),
             receivers=rounds.members_of(receivers, self._members()),
             shares=shares,
-            op=operation.spec.op,
+            op="sum",  # a mean is a sum whose weights travel as scalars
             wire=operation.spec.wire,
             dtype=operation.spec.dtype,
             elements=operation.spec.elements,
@@ -905,7 +905,7 @@ class Membership:
             round=record.round,
             attempt=record.attempt,
             contributors=list(record.contributors),
-            tokens={n: operation.proposals[n].weight for n in record.contributors if n in operation.proposals},
+            tokens={n: int(operation.proposals[n].weight) for n in record.contributors if n in operation.proposals},
             version=record.version,
             digest=record.digest,
             skipped=record.skipped,

@@ -28,6 +28,7 @@ import torch
 
 from collectives import Group, GroupStatistics, LinkOptions
 from collectives.records import Member, Progress
+from collectives.wires import WIRES
 
 from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
 from .control import Control
@@ -207,6 +208,7 @@ class Peer:
             heartbeat=self.timeouts.heartbeat,
             on_message=self._receive,
             on_beat=self._beat,
+            on_failure=lambda error: self._fail(ElasticError(f"the control thread failed: {error!r}", peer=self.name)),
         )
         self._join(where.coordinator, join_timeout)
 
@@ -291,7 +293,7 @@ class Peer:
         Raises RoundAborted (the round ended without this peer), ParityError (another shape, dtype, op or wire under
         this tag), NotEnoughPeers, CoordinatorUnavailable, Evicted; `tensor` is untouched in any case.
         """
-        return self._all_reduce(_flat(tensor, op, weight), tensor.shape, op, wire, weight, tag, timeout)
+        return self._all_reduce(_flat(tensor, op, wire, weight), tensor.shape, op, wire, weight, tag, timeout)
 
     def all_reduce_async(
         self,
@@ -305,7 +307,7 @@ class Peer:
         donate: bool = False,
     ) -> Work:
         """As `all_reduce`, in the background. A snapshot is taken first unless `donate`: then leave `tensor` alone."""
-        flat = _flat(tensor, op, weight)
+        flat = _flat(tensor, op, wire, weight)
         source = flat if donate else flat.clone()
         shape = tensor.shape
         return Work(lambda: self._all_reduce(source, shape, op, wire, weight, tag, timeout))
@@ -535,6 +537,8 @@ class Peer:
         )
 
     def _receive(self, message: Message) -> None:
+        if isinstance(message, Refused) and self.life == 0:
+            self._fail(refusal(message, self.name))  # a coordinator of another run names its own
         if message.run != self.run or message.generation < self._generation:
             return
         match message:
@@ -554,7 +558,7 @@ class Peer:
             case Leases():
                 self._leases.put(message)
             case Refused() if not message.tag:
-                self._refused(message)
+                self._leases.put(message)
             case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
                 self._deliver(message)
 
@@ -603,12 +607,6 @@ class Peer:
         with self._changed:
             self.progress = progress
             self._changed.notify_all()
-
-    def _refused(self, message: Refused) -> None:
-        if self.life == 0:
-            self._fail(refusal(message, self.name))
-        else:
-            self._leases.put(message)
 
     def _fail(self, error: ElasticError) -> None:
         with self._changed:
@@ -678,6 +676,7 @@ def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence
         heartbeat=1.0,
         on_message=lambda _: None,
         on_beat=lambda: None,
+        on_failure=lambda _: None,
     )
     control.send(gone)
     control.close()
@@ -742,9 +741,11 @@ def _group(
         raise ConfigurationError(str(error)) from None
 
 
-def _flat(tensor: torch.Tensor, op: str, weight: float) -> torch.Tensor:
+def _flat(tensor: torch.Tensor, op: str, wire: str, weight: float) -> torch.Tensor:
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
         raise ConfigurationError(f"all_reduce takes float32 CPU tensors, not {tensor.dtype} on {tensor.device}")
+    if wire not in WIRES:
+        raise ConfigurationError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
     if op not in OPS:
         raise ConfigurationError(f"op {op!r} is not one of {', '.join(OPS)}")
     if not (math.isfinite(weight) and weight > 0):

@@ -1,0 +1,329 @@
+"""The outer loop against its equations, over real sockets: values, joiners, peers that were left out, parity."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, until
+
+from elastic.config import RunPolicy, Timeouts
+from elastic.errors import CheckpointMismatch, ConfigurationError, ParityError
+from elastic.outer.diloco import DiLoCo
+from elastic.outer.optimizers import SGD, Nesterov
+from elastic.peer import Peer
+
+
+class Quadratic(torch.nn.Module):
+    """Half the squared distance to a target that differs from peer to peer."""
+
+    def __init__(self, target: torch.Tensor, start: float = 0.0) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.full_like(target, start))
+        self.target = target
+
+    def forward(self) -> torch.Tensor:
+        return 0.5 * (self.x - self.target).square().sum()
+
+
+def target_of(peer: Peer) -> torch.Tensor:
+    return torch.randn(37, generator=torch.Generator().manual_seed(int(peer.name[1:])))
+
+
+def inner_of(model: torch.nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def steps(model: torch.nn.Module, inner: torch.optim.Optimizer, n: int) -> None:
+    for _ in range(n):
+        inner.zero_grad()
+        model().backward()
+        inner.step()
+
+
+# --- the outer optimizer ----------------------------------------------------------------------------------------------
+
+
+def test_nesterov_is_a_fixed_list_of_single_rounded_operations() -> None:
+    rng = np.random.default_rng(0)
+    theta, buffer, delta = (rng.standard_normal(10_001).astype(np.float32) for _ in range(3))
+    lr, mu = np.float32(0.7), np.float32(0.9)
+    expected_buffer = buffer * mu + delta
+    expected = theta - (expected_buffer * mu + delta) * lr
+    got, got_buffer = Nesterov(lr=0.7, momentum=0.9).step(*map(torch.from_numpy, (theta, buffer, delta)))
+    assert got.numpy().tobytes() == expected.tobytes()
+    assert got_buffer.numpy().tobytes() == expected_buffer.tobytes()
+
+
+def test_nesterov_agrees_with_torch() -> None:
+    parameter = torch.nn.Parameter(torch.randn(100))
+    torch_sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    theta, buffer = parameter.detach().clone(), torch.zeros(100)
+    for seed in range(5):
+        delta = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+        parameter.grad = delta.clone()
+        torch_sgd.step()
+        theta, buffer = Nesterov(lr=0.7, momentum=0.9).step(theta, buffer, delta)
+        torch.testing.assert_close(theta, parameter.detach())
+
+
+@pytest.mark.parametrize("make", [lambda: Nesterov(lr=0), lambda: Nesterov(momentum=1.0), lambda: SGD(lr=-1)])
+def test_an_outer_optimizer_that_cannot_work_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigurationError, match="must be"):
+        make()
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def reference(n: int, rounds: int, h: int, outer: Nesterov) -> torch.Tensor:
+    """DiLoCo in one process, by the paper's algorithm 1; the mean in the order of names."""
+    peers = [type("P", (), {"name": f"p{i}"}) for i in range(n)]
+    models = [Quadratic(target_of(peer)) for peer in peers]  # type: ignore[arg-type]
+    inners = [inner_of(model) for model in models]
+    theta, buffer = torch.zeros(37), torch.zeros(37)
+    for _ in range(rounds):
+        deltas = []
+        for model, inner in zip(models, inners, strict=True):
+            with torch.no_grad():
+                model.x.copy_(theta)
+            steps(model, inner, h)
+            deltas.append(theta - model.x.detach())
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total = total + delta
+        theta, buffer = outer.step(theta, buffer, total / float(n))
+    return theta
+
+
+def test_diloco_is_the_papers_algorithm_to_the_bit(run: Run) -> None:
+    run.policy = RunPolicy(min_peers=3, quorum=1.0, rounds=7)
+    outer = Nesterov(lr=0.4, momentum=0.9)
+
+    def train(peer: Peer) -> tuple[torch.Tensor, str, int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        with DiLoCo(model, inner, peer, sync_every=5, outer=outer) as loop:
+            while not loop.finished:
+                steps(model, inner, 1)
+        return model.x.detach().clone(), loop.version.state_hash, loop.version.number
+
+    results = run.together(train, run.several(3))
+    expected = reference(3, 7, 5, outer)
+    for parameters, state_hash, number in results:
+        assert torch.equal(parameters, expected)
+        assert (state_hash, number) == (results[0][1], 7)
+
+
+def test_one_peer_with_lr_1_and_no_momentum_trains_as_if_alone(run: Run) -> None:
+    run.policy = RunPolicy(rounds=4)
+    peer = run.join("p0")
+    model, alone = Quadratic(target_of(peer)), Quadratic(target_of(peer))
+    inner = inner_of(model)
+    with DiLoCo(model, inner, peer, sync_every=3, outer=SGD(lr=1.0)) as loop:
+        while not loop.finished:
+            steps(model, inner, 1)
+    steps(alone, inner_of(alone), 12)
+    torch.testing.assert_close(model.x, alone.x)
+
+
+def test_the_founders_parameters_become_everybodys(run: Run) -> None:
+    first, second = run.several(2)
+    a, b = Quadratic(target_of(first), start=1.0), Quadratic(target_of(second), start=2.0)
+    with DiLoCo(a, inner_of(a), first) as one, DiLoCo(b, inner_of(b), second) as two:
+        assert torch.equal(b.x, torch.ones(37)) and one.version.state_hash == two.version.state_hash
+
+
+def test_a_joiner_gets_the_state_and_contributes_to_the_next_round(run: Run) -> None:
+    run.policy = RunPolicy(min_peers=2, rounds=6)
+    joined, three = threading.Event(), threading.Event()
+
+    def train(peer: Peer) -> tuple[str, list[tuple[str, ...]]]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        if peer.name == "p2":
+            three.wait(60)
+        seen: list[tuple[str, ...]] = []
+        with DiLoCo(model, inner, peer, sync_every=4) as loop:
+            if peer.name == "p2":
+                assert loop.version.number == 3
+                joined.set()
+            while not loop.finished:
+                steps(model, inner, 1)
+                if loop.last_commit and len(seen) <= loop.last_commit.round:
+                    seen.append(loop.last_commit.contributors)
+                    if len(seen) == 3:
+                        three.set()
+                        joined.wait(60)
+        return loop.version.state_hash, seen
+
+    results = run.together(train, run.several(3))
+    assert len({state_hash for state_hash, _ in results}) == 1
+    assert results[0][1][:3] == [("p0", "p1")] * 3
+    assert ("p0", "p1", "p2") in results[0][1][3:]
+
+
+def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
+    run.policy = RunPolicy(rounds=3)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
+    peers = run.several(3)
+    models = [Quadratic(target_of(peer)) for peer in peers]
+    inners = [inner_of(model) for model in models]
+    loops = [DiLoCo(m, i, p, sync_every=4) for m, i, p in zip(models, inners, peers, strict=True)]
+    for loop in loops:
+        loop.__enter__()
+    steps(models[2], inners[2], 2)  # less than a round
+    before = loops[2].version
+    displacement = before.parameters - models[2].x.detach()
+    run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 4), peers[:2])
+    assert loops[0].version.number == 1 and loops[0].last_commit.contributors == ("p0", "p1")  # type: ignore[union-attr]
+
+    until(lambda: peers[2].progress.rounds == 1)
+    loops[2]._take_messages()
+    assert loops[2].version.state_hash == loops[0].version.state_hash, "it applied the round itself"
+    torch.testing.assert_close(loops[2].version.parameters - models[2].x.detach(), displacement)
+    assert loops[2]._weight == 2.0, "its two steps wait for the next round"
+
+    run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 4), peers)
+    events = [json.loads(line) for line in (run.folder / "coordinator.jsonl").read_text().splitlines()]
+    second = next(event for event in events if event["event"] == "round.committed" and event["round"] == 1)
+    assert second["tokens"]["p2"] > 2, "what it learned in both rounds is in the second"
+    for loop, peer in zip(loops, peers, strict=True):
+        peer.close()
+        loop._context.__exit__()
+
+
+def test_the_outer_parameters_are_swapped_in_to_evaluate(run: Run) -> None:
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    inner = inner_of(model)
+    with DiLoCo(model, inner, peer, sync_every=100) as loop:
+        steps(model, inner, 3)
+        local = model.x.detach().clone()
+        with loop.evaluating() as same:
+            assert same is model and torch.equal(model.x, torch.zeros(37)) and not model.training
+        assert torch.equal(model.x, local) and model.training
+    assert loop.version.number == 1, "leaving the loop exchanges what was learned"
+
+
+def test_state_goes_round_in_mid_flight(run: Run) -> None:
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    inner = inner_of(model)
+    with DiLoCo(model, inner, peer, sync_every=4) as loop:
+        steps(model, inner, 6)
+        state = loop.state_dict()
+        steps(model, inner, 1)
+        loop.load_state_dict(state)
+        assert loop.steps == 6 and loop.state_dict().keys() == state.keys()
+        for key, value in loop.state_dict().items():
+            same = torch.equal(value, state[key]) if isinstance(value, torch.Tensor) else value == state[key]
+            assert same, key
+        with pytest.raises(CheckpointMismatch, match="fingerprint"):
+            loop.load_state_dict(state | {"fingerprint": "other"})
+        steps(model, inner, 2)
+    assert loop.version.number == 2
+
+
+# --- parity and bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"outer": Nesterov(lr=0.5)}, "algorithm differs"),
+        ({"wire": "bf16"}, "wire differs: 'f32' in the run, 'bf16' on peer p1"),
+    ],
+)
+def test_a_peer_with_another_loop_is_refused(run: Run, options: dict[str, Any], words: str) -> None:
+    first, second = run.several(2)
+    a, b = Quadratic(target_of(first)), Quadratic(target_of(second))
+    with DiLoCo(a, inner_of(a), first):
+        with pytest.raises(ParityError, match=words):
+            DiLoCo(b, inner_of(b), second, **options).__enter__()
+
+
+def test_a_peer_with_another_model_is_refused(run: Run) -> None:
+    first, second = run.several(2)
+    a, b = Quadratic(torch.zeros(37)), Quadratic(torch.zeros(38))
+    with DiLoCo(a, inner_of(a), first):
+        with pytest.raises(ParityError, match="elements differs: 37 in the run, 38 on peer p1"):
+            DiLoCo(b, inner_of(b), second).__enter__()
+
+
+@pytest.mark.parametrize("options", [{"sync_every": 0}, {"max_staleness": 0}, {"keep_results": 0}, {"sync_every": 1.5}])
+def test_options_that_cannot_work_are_named(run: Run, options: dict[str, Any]) -> None:
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    with pytest.raises(ConfigurationError, match=f"{next(iter(options))} is"):
+        DiLoCo(model, inner_of(model), peer, **options)
+
+
+def test_a_model_that_cannot_be_flattened_is_refused_by_parameter(run: Run) -> None:
+    peer = run.join("p0")
+    model = torch.nn.Linear(2, 2, dtype=torch.float64)
+    with pytest.raises(ConfigurationError, match=r"parameter weight is torch.float64"):
+        DiLoCo(model, torch.optim.SGD(model.parameters()), peer)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Samples(torch.utils.data.Dataset[torch.Tensor]):
+    tokens_per_sample = 5
+
+    def __len__(self) -> int:
+        return 103
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(index)
+
+
+def test_every_sample_is_read_once_and_counted_once(run: Run) -> None:
+    def train(peer: Peer) -> list[int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        seen: list[int] = []
+        with DiLoCo(model, inner, peer, sync_every=3):
+            for batch in peer.shards(Samples(), batch_size=4, shard_size=10, seed=3, epochs=2):
+                seen.extend(batch.tolist())
+                steps(model, inner, 1)
+        return seen
+
+    results = run.together(train, run.several(3))
+    read = sorted(index for seen in results for index in seen)
+    assert read == sorted(list(range(103)) * 2)
+    assert run.coordinator is not None
+    status = run.coordinator.status()
+    assert status.samples == 206 and status.progress.tokens == 206 * 5
+
+
+def test_the_next_life_of_a_peer_reads_on_from_the_committed_position(run: Run) -> None:
+    run.policy = RunPolicy(quorum=0.4)  # one of two suffices: the other only keeps the state
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
+
+    def batches(peer: Peer, n: int) -> list[int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        loop = DiLoCo(model, inner, peer, sync_every=2)
+        loop.__enter__()
+        seen: list[int] = []
+        for batch in peer.shards(Samples(), batch_size=4, shard_size=50, seed=3, epochs=1):
+            seen.extend(batch.tolist())
+            steps(model, inner, 1)
+            if len(seen) == 4 * n:
+                break
+        return seen
+
+    first = batches(run.join("p0"), 5)  # the fifth batch is in no committed round
+    witness = run.join("p1")
+    model = Quadratic(target_of(witness))
+    with DiLoCo(model, inner_of(model), witness):
+        second = batches(run.join("p0"), 3)
+        assert second[:4] == first[16:20], "what was not committed is read again, and nothing else"
+        assert not set(second) & set(first[:16])

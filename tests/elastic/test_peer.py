@@ -1,0 +1,280 @@
+"""What a training script sees of a peer: collectives, membership, errors; over real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import QUICK, Run, until
+
+from elastic.config import RunPolicy, Timeouts
+from elastic.errors import (
+    ConfigurationError,
+    CoordinatorUnavailable,
+    Evicted,
+    NotEnoughPeers,
+    ParityError,
+    RoundAborted,
+)
+from elastic.peer import Peer
+
+
+def number_of(peer: Peer) -> int:
+    return int(peer.name[1:])
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (300_001,)])
+def test_a_sum_is_exact_in_the_order_of_names_and_the_same_bytes_everywhere(run: Run, shape: tuple[int, ...]) -> None:
+    peers = run.several(3)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    kept = [tensor.clone() for tensor in inputs]
+    results = run.together(lambda peer: peer.all_reduce(inputs[number_of(peer)]), peers)
+    exact = (inputs[0] + inputs[1]) + inputs[2]
+    for result in results:
+        assert torch.equal(result.tensor, exact)
+        assert result.contributors == ("p0", "p1", "p2") and result.round == 0 and result.attempts == 1
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+
+def test_means_plain_and_weighted(run: Run) -> None:
+    peers = run.several(3)
+    plain = run.together(lambda peer: peer.all_reduce(torch.tensor([number_of(peer) * 3.0]), op="mean"), peers)
+    assert [result.tensor.item() for result in plain] == [3.0] * 3
+    weights = (1.0, 1.0, 2.0)
+    weighted = run.together(
+        lambda peer: peer.all_reduce(
+            torch.tensor([number_of(peer) * 4.0]), op="mean", weight=weights[number_of(peer)], tag="weighted"
+        ),
+        peers,
+    )
+    assert [result.tensor.item() for result in weighted] == [(0 + 4 + 16) / 4] * 3
+
+
+def test_a_tensor_that_is_not_contiguous(run: Run) -> None:
+    peers = run.several(2)
+    matrix = torch.arange(12.0).reshape(3, 4)
+    results = run.together(lambda peer: peer.all_reduce(matrix.t()), peers)
+    assert torch.equal(results[0].tensor, 2 * matrix.t())
+
+
+def test_operations_under_several_tags_do_not_mix(run: Run) -> None:
+    peers = run.several(3)
+
+    def many(peer: Peer) -> list[float]:
+        works = [peer.all_reduce_async(torch.full((1000,), float(k)), tag=f"t{k}") for k in range(5)]
+        return [float(work.wait(timeout=60).tensor[0]) for work in works]
+
+    assert run.together(many, peers) == [[0.0, 3.0, 6.0, 9.0, 12.0]] * 3
+
+
+def test_an_async_operation_takes_a_snapshot(run: Run) -> None:
+    peers = run.several(2)
+    tensor = torch.ones(1000)
+    work = peers[0].all_reduce_async(tensor)
+    tensor.fill_(100.0)
+    other = peers[1].all_reduce(torch.ones(1000))
+    assert torch.equal(work.wait(60).tensor, torch.full((1000,), 2.0))
+    assert torch.equal(other.tensor, torch.full((1000,), 2.0))
+
+
+def test_a_peer_alone_reduces_with_itself(run: Run) -> None:
+    peer = run.join("p0")
+    assert torch.equal(peer.all_reduce(torch.ones(10), op="mean").tensor, torch.ones(10))
+
+
+# --- who is in --------------------------------------------------------------------------------------------------------
+
+
+def test_an_absent_member_is_left_out_after_the_grace(run: Run) -> None:
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.3, evict_after=30)
+    peers = run.several(3)
+    results = run.together(lambda peer: peer.all_reduce(torch.ones(4)), peers[:2])
+    assert all(result.contributors == ("p0", "p1") for result in results)
+
+
+def test_the_same_name_again_expels_the_life_before(run: Run) -> None:
+    old = run.join("p0")
+    new = run.join("p0")
+    assert (new.life, new.view.names) == (2, ("p0",))
+    with pytest.raises(Evicted, match="another life"):
+        old.wait_for(2, timeout=30)
+    with pytest.raises(Evicted):
+        old.all_reduce(torch.ones(1))
+    assert torch.equal(new.all_reduce(torch.ones(1)).tensor, torch.ones(1))
+
+
+def test_who_leaves_is_out_of_the_view_and_can_come_back(run: Run) -> None:
+    first, second = run.several(2)
+    second.leave()
+    second.leave()
+    until(lambda: first.view.names == ("p0",))
+    with pytest.raises(NotEnoughPeers):
+        first.wait_for(2, timeout=0.05)
+    back = run.join("p1")
+    assert first.wait_for(2, timeout=30).names == ("p0", "p1") and back.life == 2
+
+
+def test_another_shape_under_the_same_tag_is_refused_with_both_values(run: Run) -> None:
+    run.policy = RunPolicy(quorum=1.0)
+    peers = run.several(3)
+    work = [peer.all_reduce_async(torch.ones(4)) for peer in peers[:2]]
+    operations = run.coordinator._membership.operations
+    until(lambda: any(len(operation.proposals) == 2 for operation in list(operations.values())))
+    with pytest.raises(ParityError, match="elements differs: 4 in the run, 5 on peer p2"):
+        peers[2].all_reduce(torch.ones(5))
+    peers[2].all_reduce(torch.ones(4))
+    assert all(torch.equal(each.wait(60).tensor, torch.full((4,), 3.0)) for each in work)
+
+
+def test_who_no_longer_waits_does_not_hold_up_the_others(run: Run) -> None:
+    peers = run.several(3)
+    with pytest.raises(NotEnoughPeers):
+        peers[0].all_reduce(torch.ones(4), timeout=0.2)
+    results = run.together(lambda peer: peer.all_reduce(torch.ones(4)), [peers[1], peers[2], peers[0]])
+    assert {result.contributors for result in results} == {("p0", "p1", "p2")}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda peer: peer.all_reduce(torch.ones(2, dtype=torch.int64)), "float32 CPU"),
+        (lambda peer: peer.all_reduce(torch.ones(2), op="median"), "'median' is not one of sum, mean"),
+        (lambda peer: peer.all_reduce(torch.ones(2), op="mean", weight=-1), "above 0"),
+        (lambda peer: peer.all_reduce(torch.ones(2), weight=2.0), "weights belong to op='mean'"),
+        (lambda peer: peer.all_reduce(torch.ones(2), wire="f31"), "wire 'f31'"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(run: Run, call: object, words: str) -> None:
+    peer = run.join("p0")
+    with pytest.raises(ConfigurationError, match=words):
+        call(peer)  # type: ignore[operator]
+
+
+def test_a_run_that_is_not_served_here_is_refused(run: Run) -> None:
+    run.open()
+    with pytest.raises(ConfigurationError, match="serves run 'test'"):
+        Peer(f"tcp://127.0.0.1:{run.port}", run="other", name="x")
+
+
+def test_no_coordinator_is_said_in_one_line() -> None:
+    with pytest.raises(CoordinatorUnavailable, match="is it running"):
+        Peer("tcp://127.0.0.1:9", run="test", name="x", join_timeout=0.3)
+
+
+def test_an_unknown_variable_of_the_environment_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.open()
+    monkeypatch.setenv("ELASTIC_STRIPE", "4")
+    with pytest.raises(ConfigurationError, match="did you mean ELASTIC_STRIPES"):
+        run.join("p0")
+
+
+def test_a_token_says_where_the_run_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = str(run.open().token)
+    monkeypatch.setenv("ELASTIC_JOIN", token)
+    with Peer(name="by-environment", timeouts=QUICK) as peer:
+        assert peer.run == "test"
+
+
+# --- the coordinator dies ---------------------------------------------------------------------------------------------
+
+
+def test_a_coordinator_that_comes_back_finds_everybody(run: Run) -> None:
+    peers = run.several(3)
+    run.together(lambda peer: peer.all_reduce(torch.ones(4)), peers)
+    assert run.coordinator is not None
+    run.coordinator.close()
+    work = [peer.all_reduce_async(torch.ones(4)) for peer in peers]
+    run.open()
+    results = [each.wait(60) for each in work]
+    assert all(result.contributors == ("p0", "p1", "p2") for result in results)
+    assert run.coordinator.statistics().generation == 2
+    assert [peer.life for peer in peers] == [1, 1, 1]
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+WORKER = """
+import json, sys, torch
+from pathlib import Path
+from elastic import Peer
+from fault.inject import Injection, strike
+address, name, folder, kind = sys.argv[1:]
+fault = Injection(kind=kind, tag="grads", round=2, fraction=0.4) if name == "p1" else None
+observe = strike(fault, name, Path(folder) / "faults.jsonl") if fault else None
+peer = Peer(address, run="test", name=name, observe=observe)
+peer.wait_for(3, timeout=60)
+out = []
+for k in range(5):
+    x = torch.randn(2_000_003, generator=torch.Generator().manual_seed(10 * k + int(name[1:])))
+    before = x.clone()
+    r = peer.all_reduce(x, tag="grads", timeout=60)
+    seeds = [10 * k + int(name[1:]) for name in r.contributors]
+    parts = [torch.randn(2_000_003, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    exact = parts[0].clone()
+    for part in parts[1:]:
+        exact = exact + part
+    out.append({"round": r.round, "attempts": r.attempts, "contributors": r.contributors,
+                "right": torch.equal(r.tensor, exact), "untouched": torch.equal(x, before)})
+print(json.dumps(out), flush=True)
+peer.leave()
+"""
+
+
+@pytest.mark.parametrize("kind", ["kill", "freeze"])
+def test_a_peer_struck_in_mid_all_reduce_costs_the_others_nothing(run: Run, kind: str) -> None:
+    coordinator = run.open()
+    command = [sys.executable, "-c", WORKER, coordinator.address]
+    workers = [
+        subprocess.Popen([*command, f"p{i}", str(run.folder), kind], stdout=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
+    try:
+        survivors = [json.loads(workers[i].communicate(timeout=100)[0]) for i in (0, 2)]
+        fired = [json.loads(line) for line in (run.folder / "faults.jsonl").read_text().splitlines()]
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                os.kill(worker.pid, signal.SIGKILL)
+            worker.wait()
+    assert [(fault["peer"], fault["kind"], fault["round"]) for fault in fired] == [("p1", kind, 2)]
+    assert survivors[0] == survivors[1]
+    for record in survivors[0]:
+        assert record["right"] and record["untouched"]
+        expected = ["p0", "p1", "p2"] if record["round"] < 2 else ["p0", "p2"]
+        assert record["contributors"] == expected
+    assert [record["round"] for record in survivors[0]] == [0, 1, 2, 3, 4]
+    assert survivors[0][2]["attempts"] == 2, "the round that was hit is the one that the survivors finished"
+
+
+def test_a_left_out_caller_sees_that_the_round_went_on(run: Run) -> None:
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=0.6, operation=30, round=60, grace=0.2, evict_after=30)
+    peers = run.several(3)
+    blocked, gate = threading.Event(), threading.Event()
+
+    def late(start: object, source: object, result: object) -> object:
+        blocked.set()
+        gate.wait(30)
+        return original(start, source, result)  # type: ignore[arg-type]
+
+    original = peers[2].group.run
+    peers[2].group.run = late  # type: ignore[method-assign, assignment]
+    work = peers[2].all_reduce_async(torch.ones(4))
+    results = [peer.all_reduce_async(torch.ones(4)) for peer in peers[:2]]
+    peers[2]._control._on_beat = lambda: None  # it falls silent, as a frozen process does
+    assert blocked.wait(30)
+    assert [each.wait(60).contributors for each in results] == [("p0", "p1")] * 2
+    gate.set()
+    with pytest.raises(RoundAborted, match=r"without this peer; in it were: p0, p1"):
+        work.wait(60)
