@@ -412,14 +412,17 @@ class Membership:
         self._refuse(name, message, "ParityError", reason, tag=message.tag)
 
     def _catch_up(self, name: str, tag: str, fragment: int, version: int) -> None:
-        """Rule 5: sends the next commit that the peer missed, or, if that is too long ago, the state itself."""
-        for commit in self.commits.get(tag, ()):
-            if commit.fragment == fragment and commit.version == version + 1 and not commit.skipped:
-                renewed = self._renewed(commit)
-                if renewed.sources or self.members[name].member in commit.sources:
-                    self._send(name, renewed)
-                    return
-        if self._holders(tag, fragment):
+        """Rule 5: sends the next commit that the peer missed, or, if nobody gives its result, the state itself."""
+        missed = [
+            commit
+            for commit in self.commits.get(tag, ())
+            if commit.fragment == fragment and commit.version == version + 1 and not commit.skipped
+        ]
+        commit = self._renewed(missed[0]) if missed else None
+        held = self._holders(tag, fragment)
+        if commit and (commit.sources or not held):  # without sources, the peer itself may still have the result
+            self._send(name, commit)
+        elif held:
             self._send(name, self._base(tag, fragment))
 
     def _exit(self, name: str, tag: str, now: float) -> None:

@@ -455,6 +455,21 @@ def test_results_come_from_those_who_applied_them_when_the_contributors_are_gone
     assert peers["d"].version == 1
 
 
+def test_a_receiver_whose_own_copy_is_the_last_gets_the_commit() -> None:
+    world, peers = training("ab")
+    propose(world, peers["b"], read=0)
+    propose(world, peers["a"])
+    talk(world)
+    for peer in peers.values():
+        world.exchange(peer, OUTER)
+    world.crash = "after"
+    world.deliver_up(peers["a"], 10)
+    world.die(peers["a"])
+    world.prove(peers["a"])
+    world.restart()
+    assert world.run_until(lambda: peers["b"].version >= 2)
+
+
 def test_peers_that_are_far_behind_keep_nobody_waiting() -> None:
     world, peers = training("abc", quorum=0.3)
     for name in "bc":
