@@ -88,7 +88,7 @@ COMMON = [
     *("everybody", "everybody", "turn", "tick", "tick", "say", "transfer", "life"),
 ]
 
-schedules = st.lists(st.tuples(st.sampled_from([*ACTIONS, *COMMON]), st.integers(0, 19)), min_size=10, max_size=90)
+schedules = st.lists(st.tuples(st.sampled_from([*ACTIONS, *COMMON]), st.integers(0, 19)), min_size=20, max_size=90)
 
 
 def play(world: World, schedule: list[tuple[str, int]], *, warm: bool) -> World:

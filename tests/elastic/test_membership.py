@@ -805,7 +805,7 @@ def test_impossible_data_is_refused_and_not_remembered(samples: int, shard_size:
 # --- everything at once ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedule=schedules, warm=st.booleans())
 @example(schedule=[("turn", 14), ("life", 15)], warm=False)
 @example(schedule=[("turns", 13), ("everybody", 6), ("life", 5)], warm=False)
@@ -814,7 +814,7 @@ def test_no_schedule_breaks_a_promise_and_the_run_goes_on(schedule: list[tuple[s
     finish(play(World(), schedule, warm=warm))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedule=schedules, quorum=st.sampled_from([0.3, 0.5, 1.0]), attempts=st.integers(1, 3))
 def test_no_schedule_breaks_a_promise_under_other_policies(
     schedule: list[tuple[str, int]], quorum: float, attempts: int
