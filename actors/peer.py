@@ -85,8 +85,8 @@ class PeerHost:
         function = load_function(Path(self._spec.script), self._spec.function)
         with self._peer as peer:
             result = function(peer, self._spec.config)
-            sent = sum(link.bytes_sent for link in peer.statistics().group.links)
-        return Trained(result=result, bytes_sent=sent)
+            carried = peer.statistics().group
+        return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
 
 
 _OPTIONS: dict[str, Any] = {

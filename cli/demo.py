@@ -111,8 +111,8 @@ def command(**options: Any) -> None:
     try:
         check_kill(settings)
         check_data(settings)
-        prepare_out(settings.out)
         check_port(settings.port)
+        prepare_out(settings.out)
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     sys.exit(Demo(settings).run())

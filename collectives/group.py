@@ -54,9 +54,12 @@ class LinkStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStatistics:
-    """Counts since the group was made; frames of dead links are included in the totals."""
+    """Counts since the group was made. Totals include dead links; bytes_served went to fetchers, beside the links."""
 
     links: tuple[LinkStatistics, ...]
+    bytes_sent: int
+    bytes_received: int
+    bytes_served: int
     done: int
     failed: int
     stale_frames: int
@@ -105,7 +108,7 @@ class Group:
         self._attempts: dict[Key, Attempt] = {}
         self._aborts: OrderedDict[Key, Abort] = OrderedDict()
         self._closed = False
-        self._done = self._failed = self._stale = self._corrupt = 0
+        self._done = self._failed = self._stale = self._corrupt = self._sent = self._received = 0
         self._library = Library(self._self)
         self._porter = Porter(listen, self._self, self)
         try:
@@ -305,6 +308,9 @@ class Group:
         for link in dead:
             link.reap()
             with self._lock:
+                record = _link_statistics(link)
+                self._sent += record.bytes_sent
+                self._received += record.bytes_received
                 self._stale += link.stale_frames
                 self._corrupt += link.corrupt_frames
 
@@ -518,8 +524,12 @@ class Group:
         """Counts so far."""
         with self._lock:
             links = [*self._links.values(), *self._dead]
+            records = tuple(_link_statistics(link) for link in links)
             return GroupStatistics(
-                links=tuple(_link_statistics(link) for link in links),
+                links=records,
+                bytes_sent=self._sent + sum(record.bytes_sent for record in records),
+                bytes_received=self._received + sum(record.bytes_received for record in records),
+                bytes_served=self._library.bytes_served,
                 done=self._done,
                 failed=self._failed,
                 stale_frames=self._stale + sum(link.stale_frames for link in links),

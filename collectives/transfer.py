@@ -78,6 +78,7 @@ class Library:
         self._blobs: dict[str, Blob] = {}
         self._servers: dict[threading.Thread, socket.socket] = {}
         self._open = True
+        self.bytes_served = 0
 
     def publish(self, key: str, blob: Blob) -> None:
         """Serve a blob; one of the same key is withdrawn first."""
@@ -160,6 +161,8 @@ class Library:
             kind, run=me.run, incarnation=me.incarnation, chunk=chunk, length=length, digest=hasher.intdigest()
         )
         send_all(sock, [header, *views], lease)
+        with self._lock:
+            self.bytes_served += len(header) + length
 
 
 def read_frame(sock: socket.socket, limit: int) -> tuple[Header, memoryview]:

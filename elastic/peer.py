@@ -512,11 +512,11 @@ class Peer:
             return None
         if not self._generation or self.life == 0:
             return self._join_message()
-        links = self.group.statistics().links
+        carried = self.group.statistics()
         status = dataclasses.replace(
             self._status,
-            bytes_sent=sum(link.bytes_sent for link in links),
-            bytes_received=sum(link.bytes_received for link in links),
+            bytes_sent=carried.bytes_sent + carried.bytes_served,
+            bytes_received=carried.bytes_received,
         )
         return Heartbeat(
             run=self.run,

@@ -1,0 +1,214 @@
+"""The demo from end to end, as a user runs it; and what it says to input that cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+ELASTIC = [sys.executable, "-m", "cli.main"]
+QUICK = ["demo", "--rounds", "9", "--sync-every", "10"]
+
+
+def elastic(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*ELASTIC, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+def processes_of(session: int) -> list[str]:
+    """Command lines of the living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == session and state != "Z":
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+# --- from end to end --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """A small demo with the kill: its folder, its report, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    process = subprocess.Popen(
+        [*ELASTIC, *QUICK, "--out", "out"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    printed, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, printed
+    assert not processes_of(process.pid)
+    return folder / "out", json.loads((folder / "out" / "report.json").read_text()), printed
+
+
+@pytest.mark.timeout(300)
+def test_the_kill_happened_in_mid_exchange_and_the_survivors_finished_that_round(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    out, report, _ = finished
+    fired = [json.loads(line) for line in (out / "events" / "faults.jsonl").read_text().splitlines()]
+    assert len(fired) == len(report["kills"]) == 1
+    assert 0 < fired[0]["at"]["chunks_received"] < fired[0]["at"]["chunks_expected"], "struck in the middle"
+    kill = report["kills"][0]
+    assert kill["peer"] == fired[0]["peer"] and kill["round"] == fired[0]["round"] == 3
+    assert kill["survivors_finished_round"] is True
+    hit = next(entry for entry in report["contributors_per_round"] if entry["round"] == kill["round"])
+    assert set(hit["contributors"]) == set(report["peers"]) - {kill["peer"]} and hit["attempt"] == 1
+    assert kill["detected_seconds"] is not None and kill["contributed_again_seconds"] is not None
+
+
+def test_all_states_are_equal_and_the_loss_fell(finished: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, _ = finished
+    hashes = report["state_hash"]
+    assert len(hashes) == 3 and len(set(hashes.values())) == 1 and None not in hashes.values()
+    assert report["rounds_committed"] == 9 and report["interrupted"] is False
+    assert report["heldout_loss_last"] <= 0.75 * report["heldout_loss_first"]
+
+
+def test_tokens_were_counted_once(finished: tuple[Path, dict[str, Any], str]) -> None:
+    """By three accounts: the commits' weights, the journal's cursors, and the steps that each peer says it made."""
+    from elastic.config import RunPolicy, Timeouts
+    from elastic.journal import Committed, Journal
+    from elastic.membership import Membership
+
+    out, report, _ = finished
+    journal = Journal(out / "journal.sqlite", "demo")
+    records = journal.read()
+    journal.close()
+    membership = Membership("demo", RunPolicy(), Timeouts())
+    membership.begin(records, 0.0)
+    assert membership.table is not None
+    context = 128
+    assert report["tokens_committed"] == membership.table.committed * context == membership.tokens
+    assert sum(report["tokens_per_peer"].values()) == report["tokens_committed"]
+    assert cursors_never_went_back(record for record in records if isinstance(record, Committed))
+    stepped = sum(len(steps_of(path)) for path in (out / "events").glob("peer-*.jsonl"))
+    lost = stepped * 8 * context - report["tokens_committed"]
+    assert 0 <= lost <= 10 * 8 * context, "only what the killed peer had not committed was trained on again"
+
+
+def cursors_never_went_back(commits: Any) -> bool:
+    seen: dict[int, int] = {}
+    for commit in commits:
+        for shard, position in commit.cursors.items():
+            if position < seen.get(shard, 0):
+                return False
+            seen[shard] = position
+    return True
+
+
+def steps_of(path: Path) -> list[int]:
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    return [event["step"] for event in events if event["event"] == "train.loss"]
+
+
+def test_what_it_leaves_behind(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, printed = finished
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(out / "model.safetensors", "pt") as weights:
+        assert sum(weights.get_tensor(name).numel() for name in weights.keys()) == 853_120  # noqa: SIM118
+    assert len(report["sample_text"]) > 100
+    assert set(report["bytes_sent_per_peer"]) == set(report["peers"])
+    assert all(sent > 1_000_000 for sent in report["bytes_sent_per_peer"].values())
+    assert report["versions"]["torch"] and report["wall_seconds"] > 0
+    assert "\x1b" not in printed, "plain log lines when it is not on a terminal"
+    assert "in the middle of round 3" in printed and "round 8 committed" in printed
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_ends_everything_and_still_reports(tmp_path: Path, number: int) -> None:
+    process = subprocess.Popen(
+        [*ELASTIC, *QUICK, "--no-kill", "--out", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    events = tmp_path / "out" / "events" / "coordinator.jsonl"
+    wait_for(lambda: events.exists() and "round.committed" in events.read_text(), process)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert not processes_of(process.pid)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["interrupted"] is True and report["rounds_committed"] >= 1
+    assert (tmp_path / "out" / "loss.png").exists()
+
+
+def wait_for(true: Any, process: subprocess.Popen[str]) -> None:
+    deadline, pause = time.monotonic() + 90, threading.Event()
+    while not true():
+        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
+        pause.wait(0.05)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--peers", "0"], 2, "0 is not in the range"),
+        (["--stripes", "-1"], 2, "-1 is not in the range"),
+        (["--rounds", "none"], 2, "'none' is not a valid integer"),
+        (["--wire", "f31"], 2, "'f31' is not one of"),
+        (["--peers", "1"], 2, "--no-kill"),
+        (["--rounds", "2"], 2, "--no-kill"),
+        (["--data", "missing.txt"], 3, "missing.txt"),
+        (["--data", "latin1.txt"], 3, "latin1.txt"),
+        (["--data", "little.txt"], 3, "too little text"),
+        (["--out", "file/out"], 5, "file/out"),
+        (["--out", "old"], 5, "another run"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_code(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 " * 100_000)
+    (tmp_path / "little.txt").write_text("too short\n")
+    (tmp_path / "file").write_text("a file, not a folder")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    found = elastic("demo", *arguments, cwd=tmp_path)
+    assert found.returncode == code, found.stderr
+    assert words in found.stderr and "Traceback" not in found.stderr + found.stdout
+    assert len([line for line in found.stderr.splitlines() if line.startswith(("Error", "elastic demo:"))]) == 1
+    made = [path for path in sorted(tmp_path.rglob("*")) if path not in before and "elastic-demo-" not in str(path)]
+    assert [path for path in made if path.parts[-1] not in ("events",)] == []
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = elastic("demo", "--port", str(port), cwd=tmp_path)
+    assert found.returncode == 4 and f"port {port}" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_help_has_an_example_and_every_option() -> None:
+    found = subprocess.run([*ELASTIC, "demo", "--help"], capture_output=True, text=True, check=True)
+    for option in ("--data", "--peers", "--rounds", "--sync-every", "--wire", "--stripes", "--kill", "--seed", "--out"):
+        assert option in found.stdout
+    assert "Example: elastic demo" in found.stdout
