@@ -11,10 +11,10 @@ fast peers read more and a newcomer finds work at once; nothing needs to be move
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from functools import lru_cache
+
+from xxhash import xxh3_64_intdigest
 
 from .journal import DatasetRegistered
 
@@ -32,27 +32,36 @@ class Layout:
         return math.ceil(self.samples / self.shard_size)
 
     def size(self, shard: int) -> int:
-        """Samples in the shard; the one that holds the dataset's end can be smaller."""
-        start = self._place(shard) * self.shard_size
-        return min(self.shard_size, self.samples - start)
+        """Samples in the shard; the last one of an epoch can be smaller."""
+        return min(self.shard_size, self.samples - self._start(shard))
 
     def order(self, shard: int) -> list[int]:
-        """The shard's sample indices in the order in which they are read."""
-        start = self._place(shard) * self.shard_size
-        indices = list(range(start, start + self.size(shard)))
-        random.Random(f"{self.seed}/{shard}").shuffle(indices)
-        return indices
+        """The shard's sample indices in the order in which they are read: a stretch of the epoch's permutation.
 
-    def _place(self, shard: int) -> int:
-        epoch, index = divmod(shard, self.shards_per_epoch)
-        return _places(self.shards_per_epoch, self.seed, epoch)[index]
+        Samples that lie together in the dataset land in different shards, so that no peer sees one corner of it.
+        """
+        start, epoch = self._start(shard), shard // self.shards_per_epoch
+        return [permuted(i, self.samples, f"{self.seed}/{epoch}") for i in range(start, start + self.size(shard))]
+
+    def _start(self, shard: int) -> int:
+        return shard % self.shards_per_epoch * self.shard_size
 
 
-@lru_cache(maxsize=4)
-def _places(count: int, seed: int, epoch: int) -> list[int]:
-    places = list(range(count))
-    random.Random(f"{seed}/epoch {epoch}").shuffle(places)
-    return places
+def permuted(index: int, n: int, key: str) -> int:
+    """Where a keyed permutation of range(n) sends `index`: computed, not stored, whatever n is.
+
+    A balanced Feistel network over the next even number of bits, walked until it lands below n (Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, section 4).
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = index >> half, index & ((1 << half) - 1)
+        for turn in range(4):
+            mixed = xxh3_64_intdigest(f"{key}/{turn}/{right}".encode())
+            left, right = right, left ^ (mixed & ((1 << half) - 1))
+        index = left << half | right
+        if index < n:
+            return index
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.journal import DatasetRegistered
-from elastic.shards import Layout, ShardReader, ShardTable
+from elastic.shards import Layout, ShardReader, ShardTable, permuted
 
 fixed = settings(derandomize=True, deadline=None)
 layouts = st.builds(Layout, st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
@@ -137,3 +138,16 @@ def test_a_reader_forgets_what_is_committed_to_the_end() -> None:
     reader.add({0: 0, 1: 0})
     reader.forget({0: 10, 1: 9, 7: 3})
     assert reader.holding == (1,) and list(reader) == [1] and reader.left() == 10
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(1, 1500), st.text(max_size=8))
+def test_the_permutation_of_an_epoch_hits_every_sample_once(n: int, key: str) -> None:
+    assert sorted(permuted(i, n, key) for i in range(n)) == list(range(n))
+
+
+def test_neighbours_in_the_dataset_land_far_apart() -> None:
+    layout = Layout(samples=100_000, shard_size=128, seed=0)
+    order = sorted(layout.order(7))
+    gaps = [b - a for a, b in itertools.pairwise(order)]
+    assert max(gaps) < 100_000 / 128 * 12 and order[0] < 10_000 and order[-1] > 90_000
