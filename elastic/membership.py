@@ -283,8 +283,11 @@ class Membership:
             self._release(name)
         elif self.table and self.table.held_by(name):
             self._orphaned[name] = now
-        for operation in list(self.operations.values()):
-            self._withdraw(operation, name, now)
+        operations = list(self.operations.values())
+        for operation in operations:
+            self._take_out(operation, name)
+        for operation in operations:  # one of them may find that others are gone too: all must know of this one first
+            self._consider(operation, now)
 
     def _gone(self, message: Gone, now: float) -> None:
         state = self.members.get(message.name)
@@ -746,14 +749,16 @@ class Membership:
         self._withdraw(operation, name, now)
 
     def _withdraw(self, operation: Operation, name: str, now: float) -> None:
+        self._take_out(operation, name)
+        self._consider(operation, now)
+
+    def _take_out(self, operation: Operation, name: str) -> None:
         """The peer has left the view or the loop. What it contributed to a running attempt may still count (rule 8)."""
         operation.late.pop(name, None)
         if not operation.in_attempt(name):
             operation.proposals.pop(name, None)
         if not operation.proposals:
-            del self.operations[operation.tag]
-            return
-        self._consider(operation, now)
+            self.operations.pop(operation.tag, None)
 
     def _consider_running(self, operation: Operation, now: float) -> None:
         contributors = operation.contributors()

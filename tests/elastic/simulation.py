@@ -73,7 +73,11 @@ def durable(membership: Membership) -> str:
 
 @dataclass
 class Slot:
-    """A peer's one operation under a tag. starts: where the ranges behind the proposal begin, by shard."""
+    """A peer's one operation under a tag.
+
+    starts: where the ranges behind the proposal begin, by shard. begun: the last attempt that it took part in; a Begin
+    that was on its way when the proposal was withdrawn must not be taken for one of the next.
+    """
 
     tag: str
     proposal: Propose | None = None
@@ -84,6 +88,7 @@ class Slot:
     result: str = ""
     started_round: int = -1
     last_round: int = -1
+    begun: tuple[int, int, int] = (0, -1, -1)
 
     def close(self) -> None:
         self.proposal = self.start = self.report = None
@@ -257,11 +262,12 @@ class SimPeer:
             if slot.report is not None:
                 self.outbox.append(slot.report)
             return
-        if slot.proposal is None or start.base_version not in (-1, self.version):
+        key = (start.generation, start.round, start.attempt)
+        if slot.proposal is None or start.base_version not in (-1, self.version) or key <= slot.begun:
             self._report(start, FailedReport, reason="nothing to give")
             return
         slot.start, slot.began, slot.report, slot.result = start, now, None, ""
-        slot.started_round = start.round
+        slot.started_round, slot.begun = start.round, key
 
     def _report(self, start: Any, kind: type[Any], **fields: Any) -> Any:
         common = {"run": RUN, "incarnation": self.incarnation, "generation": start.generation}

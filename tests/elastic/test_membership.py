@@ -565,6 +565,25 @@ def test_silence_ends_a_membership_only_after_evict_after() -> None:
     assert "silent" in peers["b"].expelled
 
 
+def test_one_departure_that_uncovers_another_reaches_every_operation() -> None:
+    world, peers = training("bce")
+    for peer in peers.values():
+        world.act(peer, "reduce")
+    talk(world)
+    propose(world, peers["c"], peers["e"])
+    world.die(peers["b"])
+    lost = LinkFailure(peer="b", incarnation=peers["b"].incarnation, evidence="refused")
+    world.act(peers["e"], "failed", peers["e"].slots[PLAIN], (lost,))
+    world.die(peers["c"])
+    talk(world, peers["e"])
+    world.prove(peers["c"])
+    assert set(world.membership.members) == {"e"}  # type: ignore[union-attr]
+    talk(world)
+    exchange(world, tag=PLAIN)
+    exchange(world)
+    assert commits(world)[0].contributors == ("e",)
+
+
 def test_after_a_gap_in_its_own_clock_the_coordinator_blames_nobody() -> None:
     world, _peers = training("ab")
     world.tick(100.0)
