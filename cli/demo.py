@@ -253,7 +253,8 @@ class Demo:
         from fault.inject import Injection
 
         s = self.settings
-        fault = Injection(kind="kill", tag="outer", round=s.kill_round, fraction=0.4)
+        # at its first chunk, the victim cannot have reduced its own share: the others have to finish without it
+        fault = Injection(kind="kill", tag="outer", round=s.kill_round, fraction=0.0)
         config = {
             "peers": s.peers,
             "data": s.data,
@@ -341,7 +342,7 @@ class Demo:
                 step=kept.step if kept else 0,
                 loss=kept.loss if kept else None,
                 tokens_per_second=None,
-                round=kept.round if kept else 0,
+                round=self._held.get(charge.name, (0, ""))[0] if charge.trained else kept.round if kept else 0,
                 bytes_sent=kept.bytes_sent if kept else 0,
                 note=charge.error,
             )

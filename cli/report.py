@@ -150,12 +150,15 @@ def detected(peer: str, at: float | None, events: Sequence[Event]) -> float | No
 
 
 def survivors_finished(peer: str, hit: int | None, commits: Sequence[Commit]) -> bool | None:
-    """Was the round that the kill hit committed by exactly the others? None: the run ended before one could say."""
+    """Was the round that the kill hit committed by all the others? None: the run ended before one could say.
+
+    What the killed peer had already given to all of them may be in the result: it counts, too.
+    """
     if hit is None:
         return None
     for commit in commits:
         if commit.round == hit:
-            return set(commit.contributors) == survivors(peer, hit, commits)
+            return set(commit.contributors) >= survivors(peer, hit, commits)
     return False if any(commit.round > hit for commit in commits) else None
 
 

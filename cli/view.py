@@ -108,7 +108,14 @@ class LiveView:
         self._snapshot: Snapshot | None = None
         self._heldout: deque[float] = deque(maxlen=HISTORY)
         self._events: deque[Text] = deque(maxlen=EVENTS_SHOWN)
-        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render)
+        # what others print goes where their descriptors point, not into the picture
+        self._live = Live(
+            console=console,
+            refresh_per_second=4,
+            get_renderable=self._render,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self._live.start()
 
     def update(self, snapshot: Snapshot) -> None:

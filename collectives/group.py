@@ -75,6 +75,8 @@ class Group:
     (port 0: any) or "" to dial out only. advertise: what others dial, if that differs; port 0 stands for
     the listener's.
     observe: called from the group's threads after each received chunk; if it raises, that attempt fails.
+    on_lost: called, from a thread of its own, for each link to a peer of the current view that has died, whether or
+    not an attempt was using it, once the peer's port has been probed.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Group:
         advertise: str | None = None,
         options: LinkOptions = LinkOptions(),  # noqa: B008 - frozen
         observe: Callable[[Progress], None] | None = None,
+        on_lost: Callable[[LinkFailure], None] | None = None,
     ) -> None:
         _check_identity(run, name, incarnation)
         check_congestion_control(options.congestion_control)
@@ -95,6 +98,7 @@ class Group:
         self._run_name = run
         self._self = Self(frames.name_hash(run), incarnation, options)
         self._observer: Observer | None = observe
+        self._on_lost = on_lost
         self._lock = threading.RLock()
         self._links: dict[int, Link] = {}
         self._dead: list[Link] = []
@@ -250,7 +254,28 @@ class Group:
         again = [attempt.unlink(link) for attempt in attempts]
         if any(again) and not self._closed:
             self._ensure(link.member)
+        if self._on_lost is not None and link.failure is not None:
+            self._tell(self._on_lost, link.member, link.failure)
         self._porter.ring()
+
+    def _tell(self, listener: Callable[[LinkFailure], None], member: Member, failure: LinkFailure) -> None:
+        """Probes the port of a peer whose link died, attempt or no attempt, and passes on what that showed."""
+
+        def look() -> None:
+            try:
+                seen = probe(self._self, member, failure)
+                if not self._closed:
+                    listener(seen)
+            finally:
+                with self._lock:
+                    self._diallers.discard(threading.current_thread())
+
+        thread = threading.Thread(target=look, name=f"look-{member.name}", daemon=True)
+        with self._lock:
+            if self._closed or member.incarnation not in self._view:
+                return
+            self._diallers.add(thread)
+            thread.start()
 
     def observe(self, progress: Progress) -> None:
         """Pass progress on to the hook."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from collectives.records import Abort, Member, Start
+from collectives.records import Abort, LinkFailure, Member, Start
 
 from . import rounds
 from .config import RunPolicy, Timeouts
@@ -49,6 +49,7 @@ from .messages import (
     LeaseRequest,
     Leases,
     Leave,
+    LinkLost,
     MemberReport,
     Message,
     Open,
@@ -291,8 +292,17 @@ class Membership:
 
     def _gone(self, message: Gone, now: float) -> None:
         state = self.members.get(message.name)
-        if state is not None and state.member.incarnation == message.incarnation:
+        if state is not None and state.member.incarnation == message.ended:
             self._depart(message.name, message.evidence, now)
+
+    def _link_lost(self, name: str, failure: LinkFailure, now: float) -> None:
+        """Rule 3: a refused reconnection is proof. Whatever else broke is for the next attempt to find out."""
+        state = self.members.get(failure.peer)
+        if state is None or state.member.incarnation != failure.incarnation:
+            return
+        self._emit("link.lost", peer=name, other=failure.peer, evidence=failure.evidence, detail=failure.detail)
+        if failure.evidence == "refused":
+            self._depart(failure.peer, "its listener is gone: connection refused", now)
 
     def _heard(self, name: str, now: float) -> None:
         state = self.members[name]
@@ -325,6 +335,8 @@ class Membership:
                 self._failed(name, message, now)
             case Withdraw():
                 self._withdrawn(name, message, now)
+            case LinkLost():
+                self._link_lost(name, message.failure, now)
             case Enter():
                 self._enter(name, message, now)
             case Applied():

@@ -186,10 +186,18 @@ class LeaseRequest(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLost(Message):
+    """A link of this peer has died, whether or not an attempt was using it."""
+
+    failure: LinkFailure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gone(Message):
-    """A site supervisor's proof that a process has ended."""
+    """A site supervisor's proof that a process has ended. ended: the incarnation of peer `name` that it held."""
 
     name: str
+    ended: int
     evidence: str
 
 
@@ -442,8 +450,8 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest, Gone,
-        StatusRequest,
+        Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
+        LinkLost, Gone, StatusRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {

@@ -58,6 +58,7 @@ from .messages import (
     LeaseRequest,
     Leases,
     Leave,
+    LinkLost,
     Message,
     Open,
     OperationSpec,
@@ -668,11 +669,12 @@ class _OpenInbox:
 
 def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence: str) -> None:
     """Tells a coordinator that the process of this life has ended: a supervisor's proof. Returns once it is sent."""
-    gone = Gone(run=run, incarnation=incarnation, name=name, evidence=evidence)
+    own = secrets.randbits(63)
+    gone = Gone(run=run, incarnation=own, name=name, ended=incarnation, evidence=evidence)
     control = Control(
         check_coordinator(coordinator),
         "supervisor",
-        secrets.randbits(63),
+        own,
         heartbeat=1.0,
         on_message=lambda _: None,
         on_beat=lambda: None,
@@ -734,6 +736,7 @@ def _group(
             advertise=advertise,
             options=options,
             observe=observe,
+            on_lost=lambda failure: peer.send(LinkLost(run=peer.run, failure=failure)),
         )
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {listen}: {error.strerror or error}; choose another port") from None

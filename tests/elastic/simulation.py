@@ -663,7 +663,7 @@ class World:
 
     def prove(self, peer: SimPeer) -> None:
         if not peer.alive:
-            gone = Gone(run=RUN, incarnation=peer.incarnation, name=peer.name, evidence="killed by signal 9")
+            gone = Gone(run=RUN, incarnation=1, name=peer.name, ended=peer.incarnation, evidence="killed by signal 9")
             self.to_coordinator("supervisor", gone)
 
     def deliver_up(self, peer: SimPeer, count: int = 1) -> None:

@@ -22,7 +22,7 @@ from elastic.errors import (
     ParityError,
     RoundAborted,
 )
-from elastic.peer import Peer
+from elastic.peer import Peer, prove_gone
 
 
 def number_of(peer: Peer) -> int:
@@ -185,6 +185,27 @@ def test_a_token_says_where_the_run_is(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ELASTIC_JOIN", token)
     with Peer(name="by-environment", timeouts=QUICK) as peer:
         assert peer.run == "test"
+
+
+def test_a_supervisors_proof_ends_a_membership_at_once(run: Run) -> None:
+    first, second = run.several(2)
+    prove_gone(f"tcp://127.0.0.1:{run.port}", "test", "p1", second.incarnation + 1, "another life")
+    prove_gone(f"tcp://127.0.0.1:{run.port}", "test", "p1", second.incarnation, "its process has ended")
+    with pytest.raises(Evicted, match="its process has ended"):
+        second.wait_for(3, timeout=30)
+    until(lambda: first.view.names == ("p0",))
+
+
+def test_a_dead_process_is_found_by_its_port_without_any_operation(run: Run) -> None:
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=50, operation=60, round=90, evict_after=80)
+    first, second = run.several(2)
+    run.together(lambda peer: peer.all_reduce(torch.ones(4)))  # so that there is a link
+    second._control._on_beat = lambda: None
+    second.group.close()
+    until(lambda: first.view.names == ("p0",))
+    log = [json.loads(line) for line in (run.folder / "coordinator.jsonl").read_text().splitlines()]
+    assert [event["evidence"] for event in log if event["event"] == "link.lost"] == ["refused"]
+    assert "connection refused" in next(event["evidence"] for event in log if event["event"] == "peer.evicted")
 
 
 # --- the coordinator dies ---------------------------------------------------------------------------------------------
