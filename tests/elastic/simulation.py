@@ -625,7 +625,7 @@ class World:
             key = (message.generation, message.tag, message.round, message.attempt, message.incarnation)
             ledger.dones[key] = message.digest
         elif isinstance(message, (Leave, Gone)):
-            ledger.proved.add(message.incarnation)
+            ledger.proved.add(message.ended if isinstance(message, Gone) else message.incarnation)
         elif isinstance(message, Join) and state is not None and state.member.incarnation != message.incarnation:
             ledger.proved.add(state.member.incarnation)
 
