@@ -117,9 +117,9 @@ class SiteSupervisor:
             await asyncio.wait({training, answer}, timeout=ASK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if answer.done() and answer.exception() is None:
                 heard = time.monotonic()
-                await asyncio.wait({training}, timeout=ASK_SECONDS)
             elif time.monotonic() - heard > self._policy.hang_seconds:
                 raise GetTimeoutError(f"{charge.spec.name} has not answered for {self._policy.hang_seconds:.0f} s")
+            await asyncio.wait({training}, timeout=ASK_SECONDS)
         training.result()
 
     async def _died(self, charge: Charge, error: Exception) -> None:
