@@ -257,7 +257,7 @@ class Demo:
         fault = Injection(kind="kill", tag="outer", round=s.kill_round, fraction=0.0)
         config = {
             "peers": s.peers,
-            "data": s.data,
+            "data": tuple(str(Path(path).absolute()) for path in s.data),  # peers have a working folder of their own
             "sync_every": s.sync_every,
             "wire": s.wire,
             "seed": s.seed,
