@@ -419,6 +419,8 @@ class Membership:
         state.trains.add(message.tag)
         if message.version < loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.version)
+        elif self.progress.finished and not self.progress.behind:
+            self._broadcast(self._stamp(Pong, progress=self.progress))  # the holders need not stay any longer
 
     def _drifted(self, name: str, message: Applied | Propose, version: int, held: str, agreed: str, now: float) -> None:
         reason = f"peer {name} holds {held} as version {version}, the run holds {agreed}"
@@ -452,7 +454,7 @@ class Membership:
     def _lease(self, name: str, message: LeaseRequest) -> None:
         if message.samples == 0:
             self._release(name)
-            self._send(name, self._stamp(Leases, shards={}))
+            self._send(name, self._stamp(Leases, shards={}, sequence=message.sequence))
             return
         if message.samples < 0 or message.shard_size < 1 or message.epochs < 0:
             self._refuse(name, message, "ConfigurationError", f"there is no such data: {message}")
@@ -478,7 +480,7 @@ class Membership:
         self._lease_one(name, table, doubt | {*message.holding}, doubt)
         shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
         spent = not doubt and not shards.keys() - {*message.holding}
-        self._send(name, self._stamp(Leases, shards=shards, spent=spent))
+        self._send(name, self._stamp(Leases, shards=shards, spent=spent, sequence=message.sequence))
 
     def _lease_one(self, name: str, table: ShardTable, holding: set[int], doubt: set[int]) -> None:
         shard = table.offer(doubt)
@@ -1053,7 +1055,19 @@ class Membership:
         done = sum(loop.rounds for loop in self.loops.values())
         enough_rounds = 0 < self.policy.rounds <= done
         enough_tokens = 0 < self.policy.tokens <= self.tokens
-        return RunProgress(rounds=done, tokens=int(self.tokens), finished=enough_rounds or enough_tokens)
+        finished = enough_rounds or enough_tokens
+        behind = self._behind() if finished else 0
+        return RunProgress(rounds=done, tokens=int(self.tokens), finished=finished, behind=behind)
+
+    def _behind(self) -> int:
+        """How many members that entered a loop do not hold its newest version yet."""
+        return sum(
+            state.held.get((tag, fragment), (-1, ""))[0] < version
+            for tag, loop in self.loops.items()
+            for fragment, version in loop.versions.items()
+            for state in self.members.values()
+            if tag in state.entered
+        )
 
     def status(self, now: float) -> StatusReport:
         reports = tuple(self._report(name, state, now) for name, state in sorted(self.members.items()))

@@ -176,6 +176,7 @@ class LeaseRequest(Message):
     """Asks for shards of a dataset of `samples`, cut into shards of `shard_size`; what is held already comes too.
 
     holding: shards that this incarnation still works on; 0 samples mean: hand all back.
+    sequence: this incarnation's own count of such questions; the answer carries it.
     """
 
     samples: int
@@ -183,6 +184,7 @@ class LeaseRequest(Message):
     seed: int
     epochs: int
     holding: tuple[int, ...] = ()
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,11 +213,15 @@ class StatusRequest(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """How far the run is: committed outer rounds and tokens, and whether its target is reached."""
+    """How far the run is: committed outer rounds and tokens, and whether its target is reached.
+
+    behind: once it is, how many members of a loop still need its newest version from those who hold it.
+    """
 
     rounds: int = 0
     tokens: int = 0
     finished: bool = False
+    behind: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,10 +305,14 @@ class Base(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leases(Message):
-    """Shards held by this peer, with the committed cursor of each. spent: there is no data left to lease."""
+    """Shards held by this peer, with the committed cursor of each. spent: there is no data left to lease.
+
+    sequence: of the question. An answer to an earlier one is old news: its cursors may have been passed since.
+    """
 
     shards: dict[int, int]
     spent: bool = False
+    sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -199,6 +199,7 @@ class Peer:
         self._reader: ShardReader | None = None
         self._tokens_per_sample = 1
         self._lease_request: LeaseRequest | None = None
+        self._lease_questions = 0
         folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
         self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
         self.group = _group(self, listen, advertise, stripes, observe, env)
@@ -411,7 +412,9 @@ class Peer:
 
     def _ask_for_leases(self, holding: tuple[int, ...]) -> Leases:
         assert self._lease_request is not None
-        request = dataclasses.replace(self._lease_request, holding=holding)
+        # a question that was asked twice is answered twice, and the second answer must not pass for a later one's
+        self._lease_questions += 1
+        request = dataclasses.replace(self._lease_request, holding=holding, sequence=self._lease_questions)
         answer = self.ask(request, self._leases, Leases, self.timeouts.round)
         assert isinstance(answer, Leases)
         return answer
@@ -476,7 +479,8 @@ class Peer:
         while time.monotonic() < deadline:
             self._check()
             self.send(request)
-            message = _next_of(inbox, answer, min(ASK_AGAIN_SECONDS, max(0.001, deadline - time.monotonic())))
+            patience = min(ASK_AGAIN_SECONDS, max(0.001, deadline - time.monotonic()))
+            message = _next_of(inbox, answer, getattr(request, "sequence", 0), patience)
             if isinstance(message, answer):
                 return message
             if isinstance(message, Refused):
@@ -501,6 +505,14 @@ class Peer:
     def finish(self, tag: str, round: int) -> None:
         """Messages about this round of the tag, or earlier ones, are old news from now on."""
         self._finished[tag] = max(self._finished.get(tag, -1), round)
+
+    def see_off(self, timeout: float) -> None:
+        """Stays until no member of the finished run needs the state that this peer holds; `timeout` at the most."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while self._fatal is None and self.progress.finished and self.progress.behind:
+                if not self._changed.wait(deadline - time.monotonic()):
+                    return
 
     def silent_for(self) -> float:
         """Seconds since the coordinator was last heard."""
@@ -684,7 +696,7 @@ def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence
     control.close()
 
 
-def _next_of(inbox: Inbox, answer: type[Message], seconds: float) -> Any:
+def _next_of(inbox: Inbox, answer: type[Message], sequence: int, seconds: float) -> Any:
     """The next message that answers or refuses; None after `seconds`. Others are dropped: they are asked for again."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
@@ -692,7 +704,8 @@ def _next_of(inbox: Inbox, answer: type[Message], seconds: float) -> Any:
             message = inbox.get(timeout=left)
         except queue.Empty:
             return None
-        if isinstance(message, (answer, Refused, ElasticError)):
+        answers = isinstance(message, answer) and getattr(message, "sequence", sequence) == sequence
+        if answers or isinstance(message, (Refused, ElasticError)):
             return message
     return None
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..peer import Peer
 
 ENTER_TRIES = 20
+SEE_OFF_SECONDS = 15.0
 
 
 class OuterLoop:
@@ -136,11 +137,15 @@ class OuterLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Makes one last full exchange and loads the outer parameters into the model; after an error, only leaves."""
+        """Makes one last full exchange and loads the outer parameters into the model; after an error, only leaves.
+
+        Once the run is finished, those who hold its last version stay until the stragglers have it, too.
+        """
         try:
             if kind is None:
                 self.flush()
                 self.layout.write(self.version.parameters)
+                self.peer.see_off(SEE_OFF_SECONDS)
         finally:
             self._leave()
 

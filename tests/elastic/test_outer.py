@@ -230,6 +230,29 @@ def test_state_goes_round_in_mid_flight(run: Run) -> None:
     assert loop.version.number == 2
 
 
+def test_who_missed_the_last_round_still_gets_it(run: Run) -> None:
+    run.policy = RunPolicy(min_peers=2, rounds=1)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
+    committed = threading.Event()
+
+    def train(peer: Peer) -> tuple[str, tuple[str, ...], list[float]]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        with DiLoCo(model, inner, peer, sync_every=4) as loop:
+            if peer.name == "p2":
+                until(lambda: peer.progress.finished)
+                assert committed.wait(60)
+                assert len(peer.view.names) == 3, "the others have not left yet"
+            while not loop.finished:
+                steps(model, inner, 1)
+            committed.set()
+        assert loop.last_commit is not None
+        return loop.version.state_hash, loop.last_commit.contributors, model.x.tolist()
+
+    results = run.together(train, run.several(3))
+    assert results[0] == results[1] == results[2] and results[0][1] == ("p0", "p1")
+
+
 # --- parity and bad input ---------------------------------------------------------------------------------------------
 
 
