@@ -74,6 +74,7 @@ ACTIONS: dict[str, Action] = {
     "gap": lambda w, p, n: w.tick(5.0 + n),
     "die": lambda w, p, n: w.die(p, keep=bool(n % 2)),
     "prove": lambda w, p, n: w.prove(p),
+    "lose link": lambda w, p, n: w.lose_link(p, w.peers[1000 + n % len(w.peers)]),
     "freeze": _freeze,
     "stuck": _get_stuck,
     "cut": _cut,

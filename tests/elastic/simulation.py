@@ -33,6 +33,7 @@ from elastic.messages import (
     LeaseRequest,
     Leases,
     Leave,
+    LinkLost,
     Message,
     OperationSpec,
     PeerStatus,
@@ -308,15 +309,16 @@ class SimPeer:
         slot = self.slots[message.tag]
         if slot.proposal is None or (message.tag == PLAIN and message.round <= slot.last_round):
             return
-        slot.last_round = max(slot.last_round, message.round)
         slot.close()
         if message.tag == PLAIN:
+            slot.last_round = max(slot.last_round, message.round)
             self.plain_outcomes.append(None)
 
     def _outer_commit(self, commit: Commit) -> None:
         slot = self.slots[OUTER]
-        if commit.skipped:
-            if slot.proposal is not None and slot.proposal.weight == 0 and commit.version == self.version:
+        if commit.skipped:  # what was proposed was not counted: it goes into the next proposal
+            if commit.round > slot.last_round:
+                slot.last_round = commit.round
                 slot.close()
         elif commit.version > self.version and self.mode != "out":
             self.wanted[commit.version] = commit
@@ -665,6 +667,16 @@ class World:
         if not peer.alive:
             gone = Gone(run=RUN, incarnation=1, name=peer.name, ended=peer.incarnation, evidence="killed by signal 9")
             self.to_coordinator("supervisor", gone)
+
+    def lose_link(self, peer: SimPeer, other: SimPeer) -> None:
+        """An idle link breaks; if the other process is gone, its port says so."""
+        if peer is other or (other.alive and self.linked(peer.name, other.name)):
+            return
+        evidence = "eof" if other.alive else "refused"
+        failure = LinkFailure(peer=other.name, incarnation=other.incarnation, evidence=evidence)
+        if peer.running:
+            peer.say(LinkLost, failure=failure)
+            self.flush(peer)
 
     def deliver_up(self, peer: SimPeer, count: int = 1) -> None:
         queue = self.up[peer.incarnation]
