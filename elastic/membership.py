@@ -476,7 +476,7 @@ class Membership:
             reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
             self._refuse(name, message, "ParityError", reason)
             return
-        doubt = self._in_doubt(message.incarnation)
+        doubt = self._in_doubt(table)
         self._lease_one(name, table, doubt | {*message.holding}, doubt)
         shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
         spent = not doubt and not shards.keys() - {*message.holding}
@@ -487,10 +487,22 @@ class Membership:
         if shard is not None and not set(table.held_by(name)) - holding:
             self._record(Leased(name=name, shards=(shard,)))
 
-    def _in_doubt(self, incarnation: int) -> set[int]:
-        """Shards that the contribution of another life may yet move (rule 8): not read until that is decided."""
-        proposals = [proposal for operation in self.operations.values() for proposal in operation.proposals.values()]
-        return {shard for proposal in proposals if proposal.incarnation != incarnation for shard in proposal.cursors}
+    def _in_doubt(self, table: ShardTable) -> set[int]:
+        """Shards that the contribution of a life gone by may yet move (rule 8): not read until that is decided.
+
+        What a member proposes about shards that it holds itself concerns nobody else.
+        """
+        proposals = [each for operation in self.operations.values() for each in operation.proposals.items()]
+        return {
+            shard
+            for name, proposal in proposals
+            for shard in proposal.cursors
+            if not (self._lives(name, proposal.incarnation) and table.holders.get(shard) == name)
+        }
+
+    def _lives(self, name: str, incarnation: int) -> bool:
+        state = self.members.get(name)
+        return state is not None and state.member.incarnation == incarnation
 
     def _release(self, name: str) -> None:
         self._orphaned.pop(name, None)
@@ -698,6 +710,7 @@ class Membership:
             base_version=operation.base_version,
             contributors=rounds.members_of(names, self._members()),
             receivers=rounds.members_of(receivers, self._members()),
+            sequences=tuple(operation.proposals[name].sequence for name in (*names, *receivers)),
             shares=shares,
             op="sum",  # a mean is a sum whose weights travel as scalars
             wire=operation.spec.wire,

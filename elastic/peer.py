@@ -17,7 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,6 @@ from .errors import (
     ElasticError,
     Evicted,
     NotEnoughPeers,
-    ParityError,
     RoundAborted,
 )
 from .events import EventLog
@@ -71,6 +70,7 @@ from .messages import (
     RunProgress,
     View,
     Welcome,
+    Withdraw,
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal
 from .shards import Layout, ShardReader
@@ -78,7 +78,7 @@ from .shards import Layout, ShardReader
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-KEPT_NOTES = 16
+KEPT_NOTES = 256
 OPS = ("sum", "mean")
 
 
@@ -194,7 +194,7 @@ class Peer:
         self._leases: Inbox = queue.SimpleQueue()
         self._sequence = 0
         self._finished: dict[str, int] = {}
-        self._notes: deque[CommitNote] = deque(maxlen=KEPT_NOTES)
+        self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
         self._reader: ShardReader | None = None
         self._tokens_per_sample = 1
@@ -328,7 +328,7 @@ class Peer:
         result = torch.empty_like(source)
         with self.inbox(tag) as inbox:
             propose = self.proposal(tag, spec, weight=weight)
-            outcome = self.operate(propose, source, result, inbox, timeout)
+            outcome = self.operation(propose, source, result, inbox).run(timeout or self.timeouts.round)
         commit = self._settle(tag, outcome)
         return Reduced(result.view(shape), commit.contributors, commit.round, outcome.attempts)
 
@@ -340,9 +340,6 @@ class Peer:
             names = ", ".join(commit.contributors) or "nobody"
             reason = f"{tag}: round {commit.round} went on without this peer; in it were: {names}"
             raise RoundAborted(reason, peer=self.name, round=commit.round, epoch=commit.epoch)
-        if not outcome.held:
-            reason = f"{tag}: round {commit.round} was committed with other bytes than this peer holds"
-            raise ParityError(reason, peer=self.name, round=commit.round, epoch=commit.epoch)
         note = CommitNote(
             tag=tag,
             round=commit.round,
@@ -350,7 +347,11 @@ class Peer:
             digest=commit.digest,
             contributors=commit.contributors,
         )
-        self._notes.append(note)
+        with self._changed:
+            self._notes[tag] = note
+            self._notes.move_to_end(tag)
+            while len(self._notes) > KEPT_NOTES:
+                self._notes.popitem(last=False)
         return commit
 
     # --- data -------------------------------------------------------------------------------------------------------
@@ -385,15 +386,21 @@ class Peer:
             )
         self._tokens_per_sample = int(getattr(dataset, "tokens_per_sample", 1))
         reader = self._open_reader(Layout(samples, shard_size, seed), epochs)
-        spent = self._lease(reader)
         while not self.progress.finished:
+            # what a departed peer has given back is found by asking again before the end
+            spent = reader.left() < batch_size and self._lease(reader)
             indices = reader.batch(batch_size)
             if indices:
                 yield indices
             elif spent:
                 return
-            if not spent and reader.left() < batch_size:
-                spent = self._lease(reader)
+            else:
+                self._await_decision()
+
+    def _await_decision(self) -> None:
+        """The shards that are left depend on a round that is under way: looks again once something has changed."""
+        with self._changed:
+            self._changed.wait(min(self.timeouts.heartbeat, ASK_AGAIN_SECONDS))
 
     def _open_reader(self, layout: Layout, epochs: int) -> ShardReader:
         if self._reader is not None and self._reader.layout != layout:
@@ -452,11 +459,9 @@ class Peer:
             run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
         )
 
-    def operate(
-        self, proposal: Propose, source: torch.Tensor, result: torch.Tensor, inbox: Inbox, timeout: float | None
-    ) -> Outcome:
-        """Carries one proposal through to its commit. See `Operation.run`."""
-        operation = Operation(
+    def operation(self, proposal: Propose, source: torch.Tensor, result: torch.Tensor, inbox: Inbox) -> Operation:
+        """One proposal on its way to a commit. See `Operation.run`."""
+        return Operation(
             proposal,
             source,
             result,
@@ -467,7 +472,6 @@ class Peer:
             finished_round=self._finished.get(proposal.tag, -1),
             silent_for=self.silent_for,
         )
-        return operation.run(timeout if timeout is not None else self.timeouts.round)
 
     def inbox(self, tag: str) -> _OpenInbox:
         """Opens the inbox of a tag, for as long as the context lasts. One at a time, or ConfigurationError."""
@@ -546,7 +550,7 @@ class Peer:
             incarnation=self.incarnation,
             member=self.group.member,
             site=self.site,
-            commits=tuple(self._notes),
+            commits=tuple(self._notes.values()),
         )
 
     def _receive(self, message: Message) -> None:
@@ -615,6 +619,9 @@ class Peer:
         inbox = self._inboxes.get(tag)
         if inbox is not None:
             inbox.put(message)
+        elif isinstance(message, Begin):  # nobody waits here any more, and the others should not have to wait for it
+            sequence = message.start.sequence_of(self.name)
+            self.send(Withdraw(run=self.run, tag=tag, sequence=sequence))
 
     def _progressed(self, progress: RunProgress) -> None:
         with self._changed:

@@ -778,6 +778,17 @@ def test_a_shard_waits_until_the_contribution_of_its_last_holder_is_decided() ->
     assert leased(world, peers["a"], (0, 2)).shards[1] == 2
 
 
+def test_what_a_member_proposes_about_its_own_shards_keeps_nobody_from_the_end_of_the_data() -> None:
+    """A peer that asked on and on while the others waited for its proposal stopped the run."""
+    world = World()
+    a, b = world.start("a"), world.start("b")
+    talk(world)
+    data = {"samples": 10, "shard_size": 5, "epochs": 1}
+    assert leased(world, a, **data).shards == {0: 0} and leased(world, b, **data).shards == {1: 0}
+    tell(world, a, Propose, tag=PLAIN, sequence=1, weight=1.0, cursors={0: 5}, spec=PLAIN_SPEC)
+    assert leased(world, b, (1,), **data).spent
+
+
 def test_a_finite_number_of_epochs_ends() -> None:
     world = World()
     peer = world.start("a")

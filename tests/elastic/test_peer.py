@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -141,6 +142,19 @@ def test_who_no_longer_waits_does_not_hold_up_the_others(run: Run) -> None:
         peers[0].all_reduce(torch.ones(4), timeout=0.2)
     results = run.together(lambda peer: peer.all_reduce(torch.ones(4)), [peers[1], peers[2], peers[0]])
     assert {result.contributors for result in results} == {("p0", "p1", "p2")}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_late_second_answer_about_shards_does_not_pass_for_the_next_one(run: Run) -> None:
+    """A peer that asks twice while the coordinator is frozen gets two answers; cursors may have moved in between."""
+    peer = run.join("p0")
+    data = peer.shards(range(100), batch_size=5, shard_size=10, epochs=1)  # type: ignore[arg-type]
+    read = [*next(data).tolist(), *next(data).tolist()]
+    peer._leases.put(dataclasses.replace(peer._ask_for_leases(()), shards={7: 0}, spent=True, sequence=1))
+    read += [index for batch in data for index in batch.tolist()]
+    assert sorted(read) == list(range(100))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
