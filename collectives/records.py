@@ -50,6 +50,8 @@ class Start:
     shares: for each contributor, the part of the elements that it owns (reduces); non-negative, sums to 1.
         0 keeps a contributor from owning anything: so a pair that cannot talk never needs to.
     multipliers, divisor: float32 scalars; the result is (sum over i of multipliers[i] * x[i]) / divisor.
+    sequences: for each contributor, then each receiver, which of its own proposals under the tag this attempt takes:
+        so that a member that has given one up does not answer for it with the next.
     elements: length of the flat tensor. dtype: of source and result. wire: how numbers travel.
     """
 
@@ -63,6 +65,7 @@ class Start:
     base_version: int
     contributors: tuple[Member, ...]
     receivers: tuple[Member, ...] = ()
+    sequences: tuple[int, ...] = ()
     pattern: str = "direct"
     shares: tuple[float, ...]
     op: str = "sum"
@@ -75,6 +78,12 @@ class Start:
     @property
     def identity(self) -> Identity:
         return Identity(self.run, self.generation, self.epoch, self.tag, self.round, self.attempt)
+
+    def sequence_of(self, name: str) -> int:
+        """Which of that member's proposals this attempt takes; -1 if it is no member or none is given."""
+        names = [member.name for member in (*self.contributors, *self.receivers)]
+        known = dict(zip(names, self.sequences, strict=False))
+        return known.get(name, -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,13 +58,13 @@ class Renewed:
 class Outcome:
     """How an operation ended.
 
-    counted: the committed result holds this peer's numbers. held: the result is in this peer's buffer.
+    counted: the committed result holds this operation's numbers, and is in the buffer; a name alone does not say so,
+    since another life may have had it.
     base: set instead of a commit if the peer is so far behind that it must fetch the state anew.
     """
 
     commit: Commit | None
     counted: bool
-    held: bool
     attempts: int
     record: OperationRecord | None = None
     base: Base | None = None
@@ -143,7 +143,7 @@ class Operation:
             case Commit() if message.round > self._finished_round:
                 return self._judge(message)
             case Base():
-                return Outcome(None, False, False, self._attempts, base=message)
+                return Outcome(None, False, self._attempts, base=message)
             case RoundFailed() if not 0 <= message.round <= self._finished_round:
                 raise RoundAborted(message.reason, peer=self._name, round=message.round, epoch=message.epoch)
             case Refused() if message.sequence in (-1, self._proposal.sequence):
@@ -155,6 +155,8 @@ class Operation:
         return None
 
     def _attempt(self, start: Start) -> None:
+        if start.sequence_of(self._name) not in (-1, self._proposal.sequence):
+            return  # it takes a proposal that was withdrawn, and is about to be aborted for that
         if self._done is not None and self._done.identity == start.identity:
             self._send(self._pending)
             return
@@ -199,10 +201,14 @@ class Operation:
         self._send(self._pending)
 
     def _judge(self, commit: Commit) -> Outcome:
-        named = self._name in commit.contributors
-        held = self._done is not None and self._done.digest == commit.digest
+        counted = self._name in commit.contributors and self.done_digest == commit.digest
         record = self._done.record if self._done else None
-        return Outcome(commit, named, held, self._attempts, record)
+        return Outcome(commit, counted, self._attempts, record)
+
+    @property
+    def done_digest(self) -> str:
+        """Of the result that this peer has reported; "" if none. It may be committed after `run` has raised."""
+        return self._done.digest if self._done is not None else ""
 
     def _stamped(self, kind: type[Any], **fields: Any) -> Any:
         proposal = self._proposal

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,7 +22,19 @@ import xxhash
 from collectives import FetchError
 
 from ..errors import CheckpointMismatch, ConfigurationError, ElasticError, NoSource, RoundAborted, TransferInterrupted
-from ..messages import Applied, Base, Commit, Enter, Exit, Open, OperationSpec, Refused
+from ..messages import (
+    Applied,
+    Base,
+    Begin,
+    Commit,
+    Enter,
+    Exit,
+    Open,
+    OperationSpec,
+    Propose,
+    Refused,
+    Withdraw,
+)
 from ..operations import Inbox, Outcome, refusal
 from .optimizers import OuterOptimizer
 from .state import Layout, Version, as_bytes
@@ -31,6 +44,19 @@ if TYPE_CHECKING:
 
 ENTER_TRIES = 20
 SEE_OFF_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A contribution that was given up while its attempt was running: it may have been committed all the same.
+
+    digest: of the result that this peer already held then; "" if it held none.
+    """
+
+    digest: str
+    proposal: Propose
+    source: torch.Tensor
+    result: torch.Tensor
 
 
 class OuterLoop:
@@ -94,6 +120,7 @@ class OuterLoop:
         self._missed = 0
         self._weight = 0.0
         self._opened = False
+        self._doubt: Doubt | None = None
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -184,6 +211,9 @@ class OuterLoop:
                 self._opened = message.round > self._last_round()
             case Commit():
                 self._catch_up(message)
+            case Begin():  # of a proposal that this peer has given up
+                sequence = message.start.sequence_of(self.peer.name)
+                self.peer.send(Withdraw(run=self.peer.run, tag=self.tag, sequence=sequence))
             case Base() if message.version > self.version.number:
                 self._start_over(message)
             case Refused():
@@ -215,59 +245,72 @@ class OuterLoop:
             base_version=self.version.number,
             base_hash=self.version.state_hash,
         )
+        operation = self.peer.operation(proposal, source, result, self._inbox)
         try:
-            outcome = self.peer.operate(proposal, source, result, self._inbox, self.timeout)
+            outcome = operation.run(self.timeout or self.peer.timeouts.round)
         except RoundAborted:
             if not self.finished:
                 self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
-            return
-        self._conclude(outcome, result, proposal.weight, proposal.cursors)
+        except BaseException:
+            self._doubt = Doubt(operation.done_digest, proposal, source, result)
+            raise
+        else:
+            self._conclude(outcome, proposal, result)
 
-    def _conclude(self, outcome: Outcome, result: torch.Tensor, weight: float, cursors: dict[int, int]) -> None:
+    def _conclude(self, outcome: Outcome, proposal: Propose, result: torch.Tensor) -> None:
         if outcome.base is not None:
             self._start_over(outcome.base)
             return
         commit = outcome.commit
         assert commit is not None
-        if outcome.counted:
-            self._weight -= weight
-            self.peer.committed(cursors)
-        if commit.skipped:
-            self._note(commit)
-        else:
-            self._apply(commit, result if outcome.held else self._pull(commit), counted=outcome.counted)
+        if not outcome.counted:
+            self._catch_up(commit)
+            return
+        self._count(proposal)
+        self._advance(commit, result)
+        self.layout.write(self.version.parameters)
+
+    def _count(self, proposal: Propose) -> None:
+        """The run has counted this contribution."""
+        self._weight -= proposal.weight
+        self._missed = 0
+        self.peer.committed(proposal.cursors)
 
     def _catch_up(self, commit: Commit) -> None:
-        """A round was committed while this peer was not waiting for it."""
-        if commit.round <= self._last_round() or commit.version <= self.version.number:
+        """A round was committed without this peer's contribution, or while it was not waiting for the outcome."""
+        if commit.round <= self._last_round():
             return
-        if commit.version > self.version.number + 1:
+        if commit.skipped:
+            self._note(commit)
+        elif commit.version == self.version.number + 1:
+            self._follow(commit)
+        elif commit.version > self.version.number:
             self._fetch_and_start_over()
-        else:
-            self._apply(commit, self._pull(commit), counted=False)
 
-    def _apply(self, commit: Commit, mean: torch.Tensor | None, *, counted: bool) -> None:
-        """mean: the committed result, or None if nobody could give it: then the state itself is fetched."""
+    def _follow(self, commit: Commit) -> None:
+        """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round."""
+        doubt, self._doubt = self._doubt, None
+        if doubt is not None and not (self.peer.name in commit.contributors and doubt.digest == commit.digest):
+            doubt = None
+        mean = doubt.result if doubt else self._pull(commit)
         if mean is None:
             self._fetch_and_start_over()
             return
         before = self.version
-        self._adopt(self.advance(before, mean))
-        self._keep_result(mean)
-        self._note(commit)
-        if counted:
-            self._missed = 0
-            self.layout.write(self.version.parameters)
-        else:
-            self._rebase(before)
-
-    def _rebase(self, before: Version) -> None:
-        """Rule 5: what this peer has learned stays, measured from the new outer parameters; not for ever, though."""
+        self._advance(commit, mean)
         self._missed += 1
+        if doubt:  # it was counted after all: only what has been learned since is left
+            self._count(doubt.proposal)
+            self.layout.add(doubt.source)
         if self._missed > self.max_staleness:
             self._reset()
         else:
             self.layout.add(torch.sub(self.version.parameters, before.parameters))
+
+    def _advance(self, commit: Commit, mean: torch.Tensor) -> None:
+        self._adopt(self.advance(self.version, mean))
+        self._keep_result(mean)
+        self._note(commit)
 
     def _reset(self) -> None:
         self.layout.write(self.version.parameters)

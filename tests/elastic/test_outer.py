@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, until
+from harness import Run, until
 
 from elastic.config import RunPolicy, Timeouts
-from elastic.errors import CheckpointMismatch, ConfigurationError, ParityError
+from elastic.errors import CheckpointMismatch, ConfigurationError, NotEnoughPeers, ParityError
+from elastic.messages import DoneReport, Withdraw
 from elastic.outer.diloco import DiLoCo
 from elastic.outer.optimizers import SGD, Nesterov
 from elastic.peer import Peer
@@ -37,6 +38,12 @@ def target_of(peer: Peer) -> torch.Tensor:
 
 def inner_of(model: torch.nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def all_train(run: Run, n: int) -> bool:
+    """Whether the coordinator has heard from n peers that they hold the loop's state."""
+    assert run.coordinator is not None
+    return [member.state for member in run.coordinator.status().members] == ["active"] * n
 
 
 def steps(model: torch.nn.Module, inner: torch.optim.Optimizer, n: int) -> None:
@@ -177,6 +184,7 @@ def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
     loops = [DiLoCo(m, i, p, sync_every=4) for m, i, p in zip(models, inners, peers, strict=True)]
     for loop in loops:
         loop.__enter__()
+    until(lambda: all_train(run, 3))
     steps(models[2], inners[2], 2)  # less than a round
     before = loops[2].version
     displacement = before.parameters - models[2].x.detach()
@@ -194,6 +202,47 @@ def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
     second = next(event for event in events if event["event"] == "round.committed" and event["round"] == 1)
     assert second["tokens"]["p2"] > 2, "what it learned in both rounds is in the second"
     for loop, peer in zip(loops, peers, strict=True):
+        peer.close()
+        loop._context.__exit__()
+
+
+def test_a_contribution_that_was_given_up_and_committed_all_the_same_counts_once(run: Run) -> None:
+    """p0 stops waiting when it holds the result; the commit comes later, and says that its numbers are in it."""
+    run.policy = RunPolicy(quorum=1.0)
+    peers = run.several(2)
+    models = [Quadratic(target_of(peer)) for peer in peers]
+    inners = [inner_of(model) for model in models]
+    first = DiLoCo(models[0], inners[0], peers[0], sync_every=2, timeout=1.0)
+    second = DiLoCo(models[1], inners[1], peers[1], sync_every=2)
+    first.__enter__(), second.__enter__()
+    until(lambda: all_train(run, 2))
+    sends = [peer.send for peer in peers]
+    kept: list[DoneReport] = []
+
+    def without_withdrawal(message: Any) -> None:
+        if not isinstance(message, Withdraw):
+            sends[0](message)
+
+    def without_vote(message: Any) -> None:
+        kept.append(message) if isinstance(message, DoneReport) else sends[1](message)
+
+    peers[0].send, peers[1].send = without_withdrawal, without_vote  # type: ignore[method-assign]
+    slow = threading.Thread(target=steps, args=(models[1], inners[1], 2))
+    slow.start()
+    with pytest.raises(NotEnoughPeers):
+        steps(models[0], inners[0], 2)
+    assert kept, "the other peer was done, too, before this one gave up"
+    before = models[0].x.detach().clone()
+    peers[0].send, peers[1].send = sends  # type: ignore[method-assign]
+    sends[1](kept[0])
+    slow.join(60)
+    until(lambda: peers[0].progress.rounds == 1)
+    first.flush()
+    assert first._weight == 0.0 and first.version.state_hash == second.version.state_hash
+    torch.testing.assert_close(models[0].x.detach(), first.version.parameters)
+    assert not torch.equal(models[0].x, before)
+    assert run.coordinator is not None and run.coordinator.status().progress.tokens == 4
+    for peer, loop in zip(peers, (first, second), strict=True):
         peer.close()
         loop._context.__exit__()
 

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 import torch
-from conftest import QUICK, Run, until
+from harness import QUICK, Run, until
 
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import (
@@ -23,6 +23,7 @@ from elastic.errors import (
     ParityError,
     RoundAborted,
 )
+from elastic.messages import Withdraw
 from elastic.peer import Peer, prove_gone
 
 
@@ -155,6 +156,18 @@ def test_a_late_second_answer_about_shards_does_not_pass_for_the_next_one(run: R
     peer._leases.put(dataclasses.replace(peer._ask_for_leases(()), shards={7: 0}, spent=True, sequence=1))
     read += [index for batch in data for index in batch.tolist()]
     assert sorted(read) == list(range(100))
+
+
+def test_a_start_for_an_operation_that_nobody_waits_for_any_more_is_withdrawn(run: Run) -> None:
+    run.policy = RunPolicy(quorum=1.0)
+    peers = run.several(3)
+    send = peers[0].send
+    peers[0].send = lambda message: None if isinstance(message, Withdraw) else send(message)  # type: ignore[method-assign]
+    with pytest.raises(NotEnoughPeers):
+        peers[0].all_reduce(torch.ones(4), timeout=0.2)
+    peers[0].send = send  # type: ignore[method-assign]
+    results = run.together(lambda peer: peer.all_reduce(torch.ones(4)), peers[1:])
+    assert all(result.contributors == ("p1", "p2") and result.attempts == 2 for result in results)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
