@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test chaos check format clean
 
 demo: $(STAMP)
 	$(BIN)/elastic demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Random faults on real processes, with new seeds for so many seconds; CHAOS_SEED=N begins with that seed.
+CHAOS_SECONDS ?= 300
+chaos: $(STAMP)
+	CHAOS_SECONDS=$(CHAOS_SECONDS) $(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,199 @@
+"""Recomputes a chaos run from what its processes noted, and believes nothing that the run says of itself.
+
+The journal says which attempts were committed; each contributor noted what it put into that attempt. The sums, the
+outer steps, the cursors and the tokens follow from these with numpy alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from chaos_harness import NAMES, Chaos
+from chaos_worker import LR, MOMENTUM, RUN, SEED, SHARD, TOKENS
+
+from elastic.journal import Admitted, Committed, Journal, LoopFounded, Opened
+from elastic.shards import Layout
+
+Numbers = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def digest_of(*arrays: Numbers) -> str:
+    digest = xxhash.xxh3_128()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+class Account:
+    """What a run left behind."""
+
+    def __init__(self, chaos: Chaos) -> None:
+        self.chaos, self.folder = chaos, chaos.folder
+        self.layout = Layout(chaos.samples, SHARD, SEED)
+        journal = Journal(self.folder / "journal.sqlite", RUN)
+        self.records = journal.read()
+        journal.close()
+        self.given: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+        self.done: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+        self.hashes: dict[int, str] = {}
+        for life in chaos.lives:
+            self._note(life.label, life.events())
+
+    def _note(self, label: str, events: list[dict[str, Any]]) -> None:
+        name = label.partition(".")[0]
+        for event in events:
+            if event["event"] not in ("given", "done"):
+                continue
+            key = (event["tag"], event["generation"], event["round"], event["attempt"])
+            if event["event"] == "given":
+                assert name not in self.given[key], f"{label} was in {key} twice"
+                self.given[key][name] = event
+            else:
+                self.done[key].add(event["digest"])
+
+    def check(self) -> dict[str, Any]:
+        self.check_processes()
+        self.check_rounds()
+        self.check_applied()
+        plain = self.check_plain()
+        commits = [record for record in self.records if isinstance(record, Committed)]
+        shapes = Counter(len(record.contributors) for record in commits)
+        return {"rounds": len(commits), "contributors": dict(sorted(shapes.items())), "plain": plain}
+
+    # --- processes ---
+
+    def check_processes(self) -> None:
+        for life in self.chaos.lives:
+            assert life.code == (-9 if life.killed else 0), (life.label, life.code)
+            assert (self.folder / f"{life.label}.stderr").read_text() == "", life.label
+            if not life.killed:
+                last = life.events()[-1]
+                assert last["event"] == "left" and last["threads"] == [] and not last.get("error"), last
+        assert self.chaos.fired() == self.chaos.struck
+        admitted = Counter(record.member.name for record in self.records if isinstance(record, Admitted))
+        started = Counter(life.label.partition(".")[0] for life in self.chaos.lives)
+        for name in NAMES:
+            joined = sum(event["event"] == "joined" for life in self.chaos.lives for event in life.events()
+                         if life.label.startswith(name + "."))  # fmt: skip
+            assert joined <= admitted[name] <= started[name], name
+
+    # --- outer rounds ---
+
+    def check_rounds(self) -> None:
+        """Replays every committed round from the contributions, and every sample from the cursors."""
+        n, generation = self.chaos.samples, 0
+        state: tuple[Numbers, Numbers] = (np.zeros(n, np.float32), np.zeros(n, np.float32))
+        cursors: dict[int, int] = defaultdict(int)
+        read: Counter[int] = Counter()
+        rounds = 0
+        self.hashes = {0: digest_of(*state)}
+        for record in self.records:
+            if isinstance(record, Opened):
+                generation = record.generation
+            elif isinstance(record, LoopFounded):
+                assert record.state_hash == self.hashes[0] and len(self.hashes) == 1
+            elif isinstance(record, Committed):
+                assert record.round == rounds
+                rounds += 1
+                if not record.skipped:
+                    state = self._replay(record, generation, state)
+                    self._count(record, generation, cursors, read)
+        assert read == Counter(range(n)), "every sample counts once"
+        total = sum(record.tokens for record in self.records if isinstance(record, Committed))
+        assert total == n * TOKENS
+        self.tokens = total
+
+    def _replay(self, record: Committed, generation: int, state: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+        key = (record.tag, generation, record.round, record.attempt)
+        given = self.given[key]
+        assert tuple(sorted(given)) == record.contributors, f"{key}: {sorted(given)} noted, {record.contributors}"
+        assert record.version == len(self.hashes)
+        total: Numbers = np.zeros(0, np.float32)
+        for index, name in enumerate(record.contributors):
+            event = given[name]
+            assert event["base"] == record.version - 1 and event["contributors"] == list(record.contributors)
+            numbers: Numbers = np.load(self.folder / event["file"])
+            self._check_displacement(key, name, event, numbers)
+            term = numbers * np.float32(event["multipliers"][index])
+            total = term if index == 0 else total + term
+        mean: Numbers = total / np.float32(given[record.contributors[0]]["divisor"])
+        assert digest_of(mean) == record.digest, f"{key}: the sum of the contributions is another"
+        assert self.done[key] == {record.digest}, f"{key}: {self.done[key]}"
+        parameters, momentum = state
+        momentum = momentum * np.float32(MOMENTUM) + mean
+        update: Numbers = (momentum * np.float32(MOMENTUM) + mean) * np.float32(LR)
+        parameters = parameters - update
+        self.hashes[record.version] = digest_of(parameters, momentum)
+        return parameters, momentum
+
+    def _check_displacement(self, key: Any, name: str, event: dict[str, Any], numbers: Numbers) -> None:
+        """The contribution is made of exactly the steps that the peer made since it last counted."""
+        steps = np.zeros(self.chaos.samples, np.float32)
+        np.add.at(steps, event["pending"], np.float32(1))
+        off = np.flatnonzero(np.abs(numbers + steps) > 1e-3)
+        assert not off.size, f"{key} {name}: samples {off[:8]} give {numbers[off[:8]]} after {steps[off[:8]]} steps"
+        assert event["weight"] == TOKENS * len(event["pending"]), f"{key} {name}: weight {event['weight']}"
+
+    def _count(self, record: Committed, generation: int, cursors: dict[int, int], read: Counter[int]) -> None:
+        given = self.given[record.tag, generation, record.round, record.attempt]
+        newly: Counter[int] = Counter()
+        for shard, position in record.cursors.items():
+            newly.update(self.layout.order(shard)[cursors[shard] : position])
+            cursors[shard] = max(cursors[shard], position)
+        trained = Counter(index for name in record.contributors for index in given[name]["pending"])
+        assert newly == trained, (
+            f"round {record.round} {record.contributors}: committed but not trained on: {newly - trained}; "
+            f"trained on and not committed: {trained - newly}"
+        )
+        assert record.tokens == TOKENS * sum(newly.values())
+        read.update(newly)
+
+    def check_applied(self) -> None:
+        """Whoever applied, fetched or ended with a version had exactly the bytes that the replay has."""
+        last = max(self.hashes)
+        for name in NAMES:
+            for event in lines(self.folder / f"{name}.jsonl"):
+                if event["event"] == "round.applied":
+                    assert event["state_hash"] == self.hashes[event["version"]], (name, event)
+        finals = []
+        for life in self.chaos.lives:
+            for event in life.events():
+                if event["event"] in ("entered", "finished"):
+                    assert event["state_hash"] == self.hashes[event["version"]], (life.label, event)
+            if life in self.chaos.now.values() and not life.label.startswith("coordinator"):
+                finals += [event for event in life.events() if event["event"] == "finished"]
+        assert len(finals) == len(NAMES)
+        assert [event["left"] for event in finals] == [[]] * len(NAMES), "samples that nobody counted"
+        assert max(event["version"] for event in finals) == last
+
+    # --- plain operations ---
+
+    def check_plain(self) -> int:
+        """Each result is the sum of what the contributors that it names put into one attempt."""
+        checked = 0
+        for life in self.chaos.lives:
+            for event in life.events():
+                if event["event"] == "plain":
+                    self._check_sum(life.label, event)
+                    checked += 1
+        return checked
+
+    def _check_sum(self, label: str, event: dict[str, Any]) -> None:
+        name, names = label.partition(".")[0], event["contributors"]
+        assert event["equal"] and name in names, (label, event)
+        sums = [
+            sum(given[each]["value"] for each in names)
+            for key, given in self.given.items()
+            if key[0] == "plain" and key[2] == event["round"] and set(names) <= given.keys()
+            if given[name]["contributors"] == names
+        ]
+        assert event["total"] in sums, (label, event, sums)
