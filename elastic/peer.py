@@ -336,23 +336,27 @@ class Peer:
         commit = outcome.commit
         assert commit is not None, "a plain operation has no base"
         self.finish(tag, commit.round)
+        self._take_note(commit)
         if not outcome.counted:
             names = ", ".join(commit.contributors) or "nobody"
             reason = f"{tag}: round {commit.round} went on without this peer; in it were: {names}"
             raise RoundAborted(reason, peer=self.name, round=commit.round, epoch=commit.epoch)
+        return commit
+
+    def _take_note(self, commit: Commit) -> None:
+        """For the coordinator's next life: without it, that would number a round again that is over for this peer."""
         note = CommitNote(
-            tag=tag,
+            tag=commit.tag,
             round=commit.round,
             attempt=commit.attempt,
             digest=commit.digest,
             contributors=commit.contributors,
         )
         with self._changed:
-            self._notes[tag] = note
-            self._notes.move_to_end(tag)
+            self._notes[commit.tag] = note
+            self._notes.move_to_end(commit.tag)
             while len(self._notes) > KEPT_NOTES:
                 self._notes.popitem(last=False)
-        return commit
 
     # --- data -------------------------------------------------------------------------------------------------------
 

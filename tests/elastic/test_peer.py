@@ -307,6 +307,11 @@ def test_a_peer_struck_in_mid_all_reduce_costs_the_others_nothing(run: Run, kind
 
 
 def test_a_left_out_caller_sees_that_the_round_went_on(run: Run) -> None:
+    left_out(run)
+
+
+def left_out(run: Run) -> Peer:
+    """Of the first round; it has heard so."""
     run.timeouts = Timeouts(heartbeat=0.1, chunk=0.6, operation=30, round=60, grace=0.2, evict_after=30)
     peers = run.several(3)
     blocked, gate = threading.Event(), threading.Event()
@@ -320,9 +325,21 @@ def test_a_left_out_caller_sees_that_the_round_went_on(run: Run) -> None:
     peers[2].group.run = late  # type: ignore[method-assign, assignment]
     work = peers[2].all_reduce_async(torch.ones(4))
     results = [peer.all_reduce_async(torch.ones(4)) for peer in peers[:2]]
-    peers[2]._control._on_beat = lambda: None  # it falls silent, as a frozen process does
+    beat, peers[2]._control._on_beat = peers[2]._control._on_beat, lambda: None  # silent, as a frozen process is
     assert blocked.wait(30)
     assert [each.wait(60).contributors for each in results] == [("p0", "p1")] * 2
+    peers[2].group.run, peers[2]._control._on_beat = original, beat  # type: ignore[method-assign]
     gate.set()
     with pytest.raises(RoundAborted, match=r"without this peer; in it were: p0, p1"):
         work.wait(60)
+    return peers[2]
+
+
+def test_who_was_left_out_of_a_round_still_knows_that_it_is_over(run: Run) -> None:
+    """It alone can tell the coordinator's next life, which would otherwise number that round again: to a deaf peer."""
+    peer = left_out(run)
+    for other in run.peers[:2]:
+        other.leave()
+    run.coordinator.close()
+    run.open()
+    assert peer.all_reduce(torch.ones(4), timeout=30).round == 1
