@@ -359,13 +359,17 @@ class Membership:
             self._found(name, message)
         elif self._holders(message.tag, message.fragment):
             self._send(name, self._base(message.tag, message.fragment))
-        elif self._nobody_will_hold(message.tag, loop):
+        elif self._nobody_will_hold(name, message.tag, loop):
             self._enter_unheld(name, message, loop)
         # else: whoever holds it is about to say so; the peer asks again
 
-    def _nobody_will_hold(self, tag: str, loop: Loop) -> bool:
-        """Whether no member holds the state or is about to. After a restart, any that has not yet said so may."""
-        busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in self.members.values())
+    def _nobody_will_hold(self, asker: str, tag: str, loop: Loop) -> bool:
+        """Whether no member holds the state or is about to. After a restart, any that has not yet said so may.
+
+        The asker itself would not ask if it could have it, whatever it was before.
+        """
+        others = [state for name, state in self.members.items() if name != asker]
+        busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in others)
         return not busy and not self._returning
 
     def _enter_unheld(self, name: str, message: Enter, loop: Loop) -> None:
@@ -1068,9 +1072,13 @@ class Membership:
         done = sum(loop.rounds for loop in self.loops.values())
         enough_rounds = 0 < self.policy.rounds <= done
         enough_tokens = 0 < self.policy.tokens <= self.tokens
-        finished = enough_rounds or enough_tokens
+        finished = enough_rounds or enough_tokens or self._data_spent()
         behind = self._behind() if finished else 0
         return RunProgress(rounds=done, tokens=int(self.tokens), finished=finished, behind=behind)
+
+    def _data_spent(self) -> bool:
+        """Whether every sample of every epoch stands behind a committed round (rule 11)."""
+        return self.table is not None and 0 < self.table.epochs * self.table.layout.samples <= self.table.committed
 
     def _behind(self) -> int:
         """How many members that entered a loop do not hold its newest version yet."""

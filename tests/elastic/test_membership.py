@@ -802,6 +802,29 @@ def test_a_finite_number_of_epochs_ends() -> None:
     assert leased(world, peer, tuple(shards), samples=10, shard_size=5, epochs=2).spent
 
 
+def test_a_run_whose_data_is_spent_is_finished() -> None:
+    world, _peers = training("a")
+    membership = world.membership
+    assert membership is not None and membership.table is not None
+    membership.table.epochs, membership.table.committed = 1, 59
+    assert not membership.progress.finished
+    membership.table.committed = 60
+    assert membership.progress.finished
+
+
+def test_who_trained_and_finds_nobody_else_with_the_state_is_told_so() -> None:
+    world, peers = training("abc", quorum=0.3)
+    propose(world, peers["a"], peers["b"])
+    wait(world, int(TIMES.grace) + 1, *peers.values())
+    talk(world, peers["a"], peers["b"])
+    exchange(world, peers["a"], peers["b"])
+    for name in "ab":
+        world.act(peers[name], "leave")
+        talk(world, peers[name])
+    (refused,) = tell(world, peers["c"], Enter, tag=OUTER, spec=OUTER_SPEC, state_hash="whatever")
+    assert isinstance(refused, Refused) and refused.error == "NoSource"
+
+
 def test_asking_again_leases_nothing_more() -> None:
     world = World()
     peer = world.start("a")

@@ -373,6 +373,7 @@ def test_every_sample_is_read_once_and_counted_once(run: Run) -> None:
     assert run.coordinator is not None
     status = run.coordinator.status()
     assert status.samples == 206 and status.progress.tokens == 206 * 5
+    assert status.progress.finished, "the data is spent"
 
 
 def test_the_next_life_of_a_peer_reads_on_from_the_committed_position(run: Run) -> None:
