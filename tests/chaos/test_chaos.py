@@ -52,7 +52,7 @@ def run(server: Server, folder: Path, seed: int, *, faults: int, samples: int) -
 
 @pytest.mark.parametrize("seed", [183, 145])
 def test_a_short_run_under_faults_is_what_its_contributions_make_it(server: Server, tmp_path: Path, seed: int) -> None:
-    print(run(server, tmp_path / "run", seed, faults=6, samples=3000))
+    print(run(server, tmp_path / "run", seed, faults=6, samples=4000))
 
 
 @pytest.mark.chaos
