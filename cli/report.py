@@ -29,24 +29,7 @@ PEER_COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:cyan", 
 NO_MATPLOTLIB = "no picture: matplotlib is missing; install it with  pip install 'elastic-diloco[plots]'"
 
 
-# --- reading events --------------------------------------------------------------------------------------------------
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a JSONL file; a line cut short by a kill is left out, a missing file has none."""
-    try:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return [event for line in lines if (event := parse(line)) is not None]
-
-
-def parse(line: str) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
+# --- fields of events ------------------------------------------------------------------------------------------------
 
 
 def named(events: Iterable[Event], *names: str) -> list[Event]:

@@ -49,7 +49,10 @@ def _open(path: Path) -> TextIO:
 
 
 class EventReader:
-    """Follows an event log: each call returns the whole lines that were added since the last."""
+    """Follows an event log: each call returns the whole lines that were added since the last.
+
+    A life that is killed in mid write leaves half a line, to which the next life appends: what is no event is skipped.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -64,4 +67,14 @@ class EventReader:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                yield json.loads(line)
+                event = _parse(line)
+                if event is not None:
+                    yield event
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.report import build_report, draw_loss, read_events, summary, write_report
+from cli.report import build_report, draw_loss, summary, write_report
 
 PEERS = ("a", "b", "c")
 
@@ -139,14 +139,6 @@ def test_no_field_of_an_event_breaks_the_report(value: Any) -> None:
         report = build_report([{**event, key: value} if key in event else event for event in events], FINAL)
         json.dumps(report, allow_nan=False)
         assert summary(report)
-
-
-def test_events_are_read_up_to_a_line_cut_by_a_kill(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    lines = [json.dumps(event) for event in killed_run()]
-    path.write_text("\n".join([*lines, "[1]", '{"event": "round.comm']))
-    assert read_events(path) == killed_run()
-    assert read_events(tmp_path / "none.jsonl") == []
 
 
 # --- files ---

@@ -70,6 +70,12 @@ def test_a_reader_follows_and_waits_for_whole_lines(tmp_path: Path) -> None:
         assert [event["event"] for event in reader.read()] == ["two"]
 
 
+def test_a_line_that_a_kill_cut_short_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"event": "one"}\n{"event": "ha{"event": "next life"}\n\xff\xfe\n17\n{"event": "two"}\n')
+    assert [event["event"] for event in EventReader(path).read()] == ["one", "two"]
+
+
 def test_a_path_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "log"):
