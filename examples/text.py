@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,28 +52,42 @@ def read_paths(paths: Sequence[Path]) -> list[Document]:
     documents = []
     for path in paths:
         for document, file in read_path(Path(path)):
-            if file.resolve() not in seen:
-                seen.add(file.resolve())
+            real = file.resolve()
+            if real not in seen:
+                seen.add(real)
                 documents.append(document)
     return documents
 
 
 def read_path(path: Path) -> list[tuple[Document, Path]]:
     """A file, or every regular file below a folder. Names are relative to the folder: equal on every machine."""
-    if not path.exists():
+    kind = kind_of(path)
+    if not kind:
         raise TextError(f"{path}: no such file or folder")
-    if path.is_file():
+    if stat.S_ISREG(kind):
         document = read_file(path, path.name)
         if not document.data:
             raise TextError(f"{path}: the file is empty")
         return [(document, path)]
-    if not path.is_dir():
+    if not stat.S_ISDIR(kind):
         raise TextError(f"{path}: neither a regular file nor a folder")
     found = [(read_file(file, file.relative_to(path).as_posix()), file) for file in files_below(path)]
     found = [(document, file) for document, file in found if document.data]  # an empty __init__.py is no mistake
     if not found:
         raise TextError(f"{path}: the folder holds no text")
     return found
+
+
+def kind_of(path: Path) -> int:
+    """Its `st_mode`, links followed; 0 if there is nothing. TextError where the system does not let us look."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a null character
+        raise TextError(f"{str(path)!r}: cannot be read ({error})") from error
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -82,7 +97,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         raise TextError(f"{error.filename}: cannot be read ({error.strerror})")
 
     files = [Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return (file for file in sorted(files) if file.is_file())
+    return (file for file in sorted(files) if stat.S_ISREG(kind_of(file)))
 
 
 def read_file(path: Path, name: str) -> Document:

@@ -95,6 +95,31 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert refusal(tmp_path) == f"{tmp_path}/secret.txt: cannot be read (Permission denied)"
 
 
+def test_a_name_too_long_and_a_loop_of_links_are_named(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    assert refusal(long) == f"{long}: cannot be read (File name too long)"
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert refusal(loop) == f"{loop}: cannot be read (Too many levels of symbolic links)"
+
+
+def test_a_folder_that_may_not_be_entered_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may enter everything, so the refusal of the system is played."""
+    (tmp_path / "closed").mkdir()
+    file = tmp_path / "closed" / "secret.txt"
+    file.write_text("secret")
+    real = Path.stat
+
+    def denied(path: Path, **options: bool) -> os.stat_result:
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    for path in (file, tmp_path):
+        assert refusal(path) == f"{file}: cannot be read (Permission denied)"
+
+
 def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("x" * 1234)
     message = refusal(tmp_path / "short.txt", minimum_bytes=50_000)
