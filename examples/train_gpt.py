@@ -5,6 +5,7 @@
     python examples/train_gpt.py tcp://HOST:29400 RUN NAME
 """
 
+import contextlib
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -14,16 +15,22 @@ from typing import Any
 import torch
 from gpt import GPT, GPTConfig
 from safetensors.torch import save_model
-from text import ByteDataset, held_out_batches, load_text, split
+from text import ByteDataset, Document, held_out_batches, load_text, split
 
 import elastic
+
+GATHER_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """data: files or folders of UTF-8 text; none: the source of Python's standard library. out: folder for results."""
+    """data: files or folders of UTF-8 text; none: the source of Python's standard library. out: folder for results.
+
+    rounds: the run's target, before whose last round all `peers` gather again; 0: they need not end together.
+    """
 
     peers: int = 3
+    rounds: int = 0
     data: tuple[str, ...] = ()
     sync_every: int = 25
     wire: str = "f32"
@@ -46,11 +53,28 @@ def train(peer: elastic.Peer, config: dict[str, Any]) -> dict[str, Any]:
     dataset = ByteDataset(train_documents, cfg.context)
     model = GPT(GPTConfig(context=cfg.context), seed=cfg.seed)
     inner = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    warmup = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: min(1.0, (step + 1) / cfg.warmup_steps))
     if peer.life == 1:
         peer.wait_for(n=cfg.peers, timeout=120)  # begin together; a peer that comes back does not wait
 
+    try:
+        return train_to_the_end(peer, model, inner, dataset, held_out, cfg)
+    except elastic.NoSource:
+        if not peer.progress.finished:
+            raise
+        return {"version": -1, "state_hash": ""}  # the run has ended without this peer, and nobody is left to ask
+
+
+def train_to_the_end(
+    peer: elastic.Peer,
+    model: GPT,
+    inner: torch.optim.Optimizer,
+    dataset: ByteDataset,
+    held_out: list[Document],
+    cfg: TrainConfig,
+) -> dict[str, Any]:
+    warmup = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: min(1.0, (step + 1) / cfg.warmup_steps))
     outer_optimizer = elastic.Nesterov(lr=cfg.outer_lr, momentum=cfg.outer_momentum)
+    gathered = cfg.rounds == 0
     with elastic.DiLoCo(model, inner, peer, sync_every=cfg.sync_every, outer=outer_optimizer, wire=cfg.wire) as outer:
         monitor = Monitor(peer, outer, model, held_out_batches(held_out, cfg.context))
         for batch in peer.shards(dataset, batch_size=cfg.batch_size, seed=cfg.seed):
@@ -61,8 +85,17 @@ def train(peer: elastic.Peer, config: dict[str, Any]) -> dict[str, Any]:
             inner.zero_grad()
             warmup.step()
             monitor.step(loss.item(), tokens=batch.size(0) * cfg.context)
+            if not gathered and not peer.progress.finished and peer.progress.rounds >= cfg.rounds - 1:
+                gathered = True
+                gather(peer, cfg.peers)
     monitor.evaluate_if_due()
     return conclude(peer, outer, model, cfg)
+
+
+def gather(peer: elastic.Peer, peers: int) -> None:
+    """Waits, within bounds, for who is on the way back: once the others have left it would find no state to fetch."""
+    with contextlib.suppress(elastic.NotEnoughPeers):
+        peer.wait_for(n=peers, timeout=GATHER_SECONDS)
 
 
 class Monitor:
