@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Protocol
@@ -243,6 +243,11 @@ class Attempt:
     def unlinked(self) -> list[Peer]:
         """Contributors without a link, although there is work with them."""
         return [peer for peer in self._contributors if peer.link is None and peer.working]
+
+    def lives_of(self, names: Iterable[str]) -> frozenset[int]:
+        """The incarnations of those members of the attempt that have one of these names."""
+        members = (*self.start.contributors, *self.start.receivers)
+        return frozenset(member.incarnation for member in members if member.name in names)
 
     def stop(self, reason: str) -> None:
         """End the attempt as failed, from any thread."""

@@ -489,7 +489,8 @@ class Group:
     def abort(self, abort: Abort) -> None:
         """End an attempt, from any thread: its run() returns Failed promptly, also one that begins later.
 
-        Links to the members in `abort.lost` are cut, so that no thread stays blocked on a frozen one.
+        Links to the lives of the members in `abort.lost` that took part are cut, so that no thread stays blocked on a
+        frozen one; a new life of the same name is left alone.
         """
         key = frames.key_of(abort.identity)
         with self._lock:
@@ -497,7 +498,8 @@ class Group:
             while len(self._aborts) > _REMEMBERED:
                 self._aborts.popitem(last=False)
             attempt = self._attempts.get(key)
-            lost = [link for link in self._links.values() if link.member.name in abort.lost]
+            gone = attempt.lives_of(abort.lost) if attempt is not None else frozenset()
+            lost = [link for incarnation, link in self._links.items() if incarnation in gone]
         if attempt is not None:
             attempt.stop(exchange.aborted_reason(abort))
             if attempt.finished:  # only receivers were still waiting for it

@@ -40,7 +40,7 @@ class Control:
         self.heard_at = time.monotonic()
         self._heartbeat, self._on_message, self._on_beat = heartbeat, on_message, on_beat
         self._on_failure = on_failure
-        self._outbox: deque[Message] = deque()
+        self._outbox: deque[bytes] = deque()
         self._stopping = False
         self._context = zmq.Context()
         self._socket = self._connect(address, identity(name, incarnation))
@@ -67,7 +67,7 @@ class Control:
 
     def send(self, message: Message) -> None:
         """Queues a message, from any thread. Delivery is not certain: askers ask again."""
-        self._outbox.append(message)
+        self._outbox.append(encode(message))  # in the caller's thread: what cannot be packed is the caller's error
         with self._wake_lock:
             if not self._stopping:
                 self._wake()
@@ -93,9 +93,11 @@ class Control:
             self._on_failure(error)
             raise
         finally:
-            self._flush()
-            self._socket.close()
-            self._wakee.close()
+            try:
+                self._flush()
+            finally:
+                self._socket.close()
+                self._wakee.close()
 
     def _turn(self, ready: dict[Any, int]) -> None:
         if self._wakee in ready:
@@ -110,13 +112,13 @@ class Control:
     def _beat(self) -> None:
         message = self._on_beat()
         if message is not None:
-            self._outbox.append(message)
+            self._outbox.append(encode(message))
             self._flush()
 
     def _flush(self) -> None:
         while self._outbox:
             try:
-                self._socket.send(encode(self._outbox[0]), zmq.NOBLOCK)
+                self._socket.send(self._outbox[0], zmq.NOBLOCK)
             except zmq.Again:  # nobody there and the queue is full: keep what is newest, it will be asked for again
                 while len(self._outbox) > 1000:
                     self._outbox.popleft()

@@ -67,7 +67,8 @@ class Coordinator:
         self._events = EventLog(events, run=self.run)
         self._context = zmq.Context()
         self._socket = self._bind(bind)
-        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+        port = self._socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
+        self.address = f"{check_coordinator(bind).rpartition(':')[0]}:{port}"
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # guards the membership against readers in other threads
         self._messages = self._refused = self._turns = 0

@@ -355,6 +355,7 @@ class Membership:
         if loop is not None and self._mismatch(name, message, loop.spec, message.spec):
             return
         self.members[name].entered.add(message.tag)
+        self.members[name].trains.discard(message.tag)  # who asks has nothing to train from
         if loop is None:
             self._found(name, message)
         elif self._holders(message.tag, message.fragment):
@@ -410,7 +411,7 @@ class Membership:
 
     def _applied(self, name: str, message: Applied, now: float) -> None:
         loop, key = self.loops.get(message.tag), (message.fragment, message.version)
-        if loop is None or message.version > loop.versions.get(message.fragment, -1):
+        if loop is None or not 0 <= message.version <= loop.versions.get(message.fragment, -1):
             return
         agreed = loop.hashes.setdefault(key, message.state_hash)
         if agreed != message.state_hash:

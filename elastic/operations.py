@@ -141,7 +141,7 @@ class Operation:
             case Cancel() if message.abort.round > self._finished_round:
                 self._acknowledge(message.abort)
             case Commit() if message.round > self._finished_round:
-                return self._judge(message)
+                return self._judge(message) if not self._is_earlier(message) else None
             case Base():
                 return Outcome(None, False, self._attempts, base=message)
             case RoundFailed() if not 0 <= message.round <= self._finished_round:
@@ -199,6 +199,14 @@ class Operation:
         # votes are not journaled: the new generation gets the proposal again, and starts or knows the round
         self._pending = self._proposal
         self._send(self._pending)
+
+    def _is_earlier(self, commit: Commit) -> bool:
+        """Whether this is the late end of a plain operation that its caller has given up before this one."""
+        plain = self._proposal.base_version < 0 and commit.round != self._proposal.round
+        if plain and self._name in commit.contributors and self.done_digest != commit.digest:
+            self._finished_round = commit.round
+            return True
+        return False
 
     def _judge(self, commit: Commit) -> Outcome:
         counted = self._name in commit.contributors and self.done_digest == commit.digest

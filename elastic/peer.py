@@ -10,6 +10,7 @@ from any thread; those that wait take a timeout in seconds and obey Ctrl-C.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import math
 import os
 import queue
@@ -202,7 +203,7 @@ class Peer:
         self._lease_questions = 0
         folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
         self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
-        self.group = _group(self, listen, advertise, stripes, observe, env)
+        self.group = _group(self, where.coordinator, listen, advertise, stripes, observe, env)
         self._control = Control(
             where.coordinator,
             self.name,
@@ -233,13 +234,15 @@ class Peer:
 
         Its shards go to others at once. Calling it again does nothing.
         """
-        if drain and self._fatal is None:
-            self._wait(lambda: not self._inboxes, timeout, lambda: NotEnoughPeers(
-                f"operations still waiting after {timeout:.0f} s: {', '.join(self._inboxes)}", peer=self.name
-            ))  # fmt: skip
-        if self._fatal is None:
-            self.send(Leave(run=self.run))
-        self.close()
+        try:
+            if drain and self._fatal is None:
+                self._wait(lambda: not self._inboxes, timeout, lambda: NotEnoughPeers(
+                    f"operations still waiting after {timeout:.0f} s: {', '.join(self._inboxes)}", peer=self.name
+                ))  # fmt: skip
+        finally:
+            if self._fatal is None:
+                self.send(Leave(run=self.run))
+            self.close()
 
     def close(self) -> None:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
@@ -270,8 +273,17 @@ class Peer:
         )
 
     def report(self, **status: Any) -> None:
-        """Sets fields of the status that rides on heartbeats: state, step, loss, tokens_per_second."""
-        self._status = dataclasses.replace(self._status, **status)
+        """Sets fields of the status that rides on heartbeats: state, step, loss, tokens_per_second.
+
+        Numbers may be of any kind that float() takes, tensors of one element too. An unknown field, or a value of
+        another kind, is a ConfigurationError.
+        """
+        kinds = {"state": str, "step": int, "loss": float, "tokens_per_second": float}
+        try:
+            plain = {name: kinds[name](value) for name, value in status.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"cannot report {status}: {error!r}; known are {', '.join(kinds)}") from None
+        self._status = dataclasses.replace(self._status, **plain)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 
@@ -327,7 +339,7 @@ class Peer:
         spec = OperationSpec(op=op, dtype="float32", elements=source.numel(), wire=wire, algorithm="all_reduce")
         result = torch.empty_like(source)
         with self.inbox(tag) as inbox:
-            propose = self.proposal(tag, spec, weight=weight)
+            propose = self.proposal(tag, spec, weight=float(weight))
             outcome = self.operation(propose, source, result, inbox).run(timeout or self.timeouts.round)
         commit = self._settle(tag, outcome)
         return Reduced(result.view(shape), commit.contributors, commit.round, outcome.attempts)
@@ -614,8 +626,6 @@ class Peer:
             self.send(self._join_message())  # a delta was missed: ask for the whole view
 
     def _deliver(self, message: Any) -> None:
-        if isinstance(message, Commit):
-            self._progressed(message.progress)
         if isinstance(message, Cancel):
             self.group.abort(message.abort)
         tag = message.start.tag if isinstance(message, Begin) else None
@@ -626,6 +636,8 @@ class Peer:
         elif isinstance(message, Begin):  # nobody waits here any more, and the others should not have to wait for it
             sequence = message.start.sequence_of(self.name)
             self.send(Withdraw(run=self.run, tag=tag, sequence=sequence))
+        if isinstance(message, Commit):  # last: who sees that the run is finished finds the commit in its inbox
+            self._progressed(message.progress)
 
     def _progressed(self, progress: RunProgress) -> None:
         with self._changed:
@@ -737,8 +749,27 @@ def _own_name() -> str:
     return f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
 
 
+def _check_reachable(coordinator: str, advertised: str) -> None:
+    """Peers of other machines cannot dial a loopback address; who joins from afar must say what they can dial."""
+    far = not _is_loopback(check_endpoint("coordinator", coordinator.removeprefix("tcp://"))[0])
+    if far and advertised and _is_loopback(check_endpoint("listen", advertised)[0]):
+        raise ConfigurationError(
+            f"the coordinator is at {coordinator}, but other peers could not dial {advertised}: "
+            "say listen='0.0.0.0:0' and advertise='ADDRESS-OF-THIS-MACHINE:0', or listen='' to dial out only"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _group(
     peer: Peer,
+    coordinator: str,
     listen: str | None,
     advertise: str | None,
     stripes: int | None,
@@ -750,6 +781,7 @@ def _group(
     for what, endpoint in (("listen", listen), ("advertise", advertise)):
         if endpoint:
             check_endpoint(what, endpoint)
+    _check_reachable(coordinator, advertise or listen)
     try:
         options = LinkOptions(stripes=int(env.get("ELASTIC_STRIPES", 2)) if stripes is None else stripes)
         return Group(

@@ -50,7 +50,7 @@ SEE_OFF_SECONDS = 15.0
 class Doubt:
     """A contribution that was given up while its attempt was running: it may have been committed all the same.
 
-    digest: of the result that this peer already held then; "" if it held none.
+    digest: of the result that this peer held by then. All doubts of a loop are about the next version.
     """
 
     digest: str
@@ -120,7 +120,7 @@ class OuterLoop:
         self._missed = 0
         self._weight = 0.0
         self._opened = False
-        self._doubt: Doubt | None = None
+        self._doubts: list[Doubt] = []
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -252,7 +252,8 @@ class OuterLoop:
             if not self.finished:
                 self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
         except BaseException:
-            self._doubt = Doubt(operation.done_digest, proposal, source, result)
+            if operation.done_digest:
+                self._doubts.append(Doubt(operation.done_digest, proposal, source, result))
             raise
         else:
             self._conclude(outcome, proposal, result)
@@ -289,9 +290,8 @@ class OuterLoop:
 
     def _follow(self, commit: Commit) -> None:
         """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round."""
-        doubt, self._doubt = self._doubt, None
-        if doubt is not None and not (self.peer.name in commit.contributors and doubt.digest == commit.digest):
-            doubt = None
+        named = self.peer.name in commit.contributors
+        doubt = next((each for each in self._doubts if named and each.digest == commit.digest), None)
         mean = doubt.result if doubt else self._pull(commit)
         if mean is None:
             self._fetch_and_start_over()
@@ -308,6 +308,7 @@ class OuterLoop:
             self.layout.add(torch.sub(self.version.parameters, before.parameters))
 
     def _advance(self, commit: Commit, mean: torch.Tensor) -> None:
+        self._doubts.clear()
         self._adopt(self.advance(self.version, mean))
         self._keep_result(mean)
         self._note(commit)
@@ -316,6 +317,7 @@ class OuterLoop:
         self.layout.write(self.version.parameters)
         self.peer.rewind()
         self._weight, self._missed, self._since_applied = 0.0, 0, 0
+        self._doubts.clear()
 
     def _note(self, commit: Commit) -> None:
         self.last_commit = commit

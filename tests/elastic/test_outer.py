@@ -14,7 +14,7 @@ from harness import Run, until
 
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import CheckpointMismatch, ConfigurationError, NotEnoughPeers, ParityError
-from elastic.messages import DoneReport, Withdraw
+from elastic.messages import Commit, DoneReport, Withdraw
 from elastic.outer.diloco import DiLoCo
 from elastic.outer.optimizers import SGD, Nesterov
 from elastic.peer import Peer
@@ -245,6 +245,22 @@ def test_a_contribution_that_was_given_up_and_committed_all_the_same_counts_once
     for peer, loop in zip(peers, (first, second), strict=True):
         peer.close()
         loop._context.__exit__()
+
+
+def test_of_several_contributions_given_up_the_one_that_was_committed_counts(run: Run) -> None:
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    inner = inner_of(model)
+    with DiLoCo(model, inner, peer, sync_every=2, timeout=0.6) as loop:
+        deliver = peer._deliver
+        peer._deliver = lambda m: None if isinstance(m, Commit) else deliver(m)  # type: ignore[method-assign]
+        for _ in range(2):
+            with pytest.raises(NotEnoughPeers):
+                steps(model, inner, 2)
+        peer._deliver = deliver  # type: ignore[method-assign]
+        steps(model, inner, 2)
+    assert run.coordinator is not None
+    assert run.coordinator.status().progress.tokens == loop.steps
 
 
 def test_the_outer_parameters_are_swapped_in_to_evaluate(run: Run) -> None:

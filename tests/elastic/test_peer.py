@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from elastic.errors import (
     ParityError,
     RoundAborted,
 )
-from elastic.messages import Withdraw
+from elastic.messages import Commit, Withdraw
 from elastic.peer import Peer, prove_gone
 
 
@@ -170,6 +171,36 @@ def test_a_start_for_an_operation_that_nobody_waits_for_any_more_is_withdrawn(ru
     assert all(result.contributors == ("p1", "p2") and result.attempts == 2 for result in results)
 
 
+def test_a_peer_that_cannot_drain_leaves_all_the_same(run: Run) -> None:
+    run.policy = RunPolicy(quorum=1.0)
+    first, second = run.several(2)
+    work = first.all_reduce_async(torch.ones(4))
+    until(lambda: first.statistics().operations_waiting == 1)
+    with pytest.raises(NotEnoughPeers, match="operations still waiting"):
+        first.leave(timeout=0.1)
+    with pytest.raises(Evicted):
+        work.wait(60)
+    until(lambda: second.view.names == ("p1",))
+
+
+def test_the_late_commit_of_an_operation_that_was_given_up_is_not_the_next_ones(run: Run) -> None:
+    run.policy = RunPolicy(quorum=1.0)
+    first, second = run.several(2)
+    kept: list[Any] = []
+    deliver, send = first._deliver, first.send
+    first._deliver = lambda m: kept.append(m) if isinstance(m, Commit) else deliver(m)  # type: ignore[method-assign]
+    first.send = lambda m: None if isinstance(m, Withdraw) else send(m)  # type: ignore[method-assign]
+    other = second.all_reduce_async(torch.ones(4))
+    with pytest.raises(NotEnoughPeers):
+        first.all_reduce(torch.ones(4), timeout=0.5)
+    assert other.wait(60).contributors == ("p0", "p1") and kept
+    first._deliver, first.send = deliver, send  # type: ignore[method-assign]
+    works = [peer.all_reduce_async(torch.full((4,), 5.0)) for peer in (first, second)]
+    first._deliver(kept[0])
+    for work in works:
+        assert torch.equal(work.wait(60).tensor, torch.full((4,), 10.0))
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -181,12 +212,31 @@ def test_a_start_for_an_operation_that_nobody_waits_for_any_more_is_withdrawn(ru
         (lambda peer: peer.all_reduce(torch.ones(2), op="mean", weight=-1), "above 0"),
         (lambda peer: peer.all_reduce(torch.ones(2), weight=2.0), "weights belong to op='mean'"),
         (lambda peer: peer.all_reduce(torch.ones(2), wire="f31"), "wire 'f31'"),
+        (lambda peer: peer.report(loss="high"), "cannot report"),
+        (lambda peer: peer.report(speed=1), "known are state, step, loss"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(run: Run, call: object, words: str) -> None:
     peer = run.join("p0")
     with pytest.raises(ConfigurationError, match=words):
         call(peer)  # type: ignore[operator]
+
+
+def test_numbers_of_any_kind_are_reported_as_plain_ones(run: Run) -> None:
+    peer = run.join("p0")
+    peer.report(loss=torch.tensor(0.5), step=torch.tensor(3), tokens_per_second=1, state="training")
+    assert run.coordinator is not None
+    coordinator = run.coordinator
+    until(lambda: coordinator.status().members[0].status.loss == 0.5)
+    assert coordinator.status().members[0].status.step == 3
+    assert peer.all_reduce(torch.ones(1), op="mean", weight=torch.tensor(3.0)).tensor.item() == 1.0  # type: ignore[arg-type]
+
+
+def test_a_loopback_address_is_refused_where_others_could_not_dial_it() -> None:
+    with pytest.raises(ConfigurationError, match=r"could not dial 127.0.0.1:0: say listen="):
+        Peer("tcp://192.0.2.1:29400", run="test", name="x", join_timeout=0.1)
+    with pytest.raises(CoordinatorUnavailable):
+        Peer("tcp://192.0.2.1:29400", run="test", name="x", listen="", join_timeout=0.1)
 
 
 def test_a_run_that_is_not_served_here_is_refused(run: Run) -> None:
