@@ -9,18 +9,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import shutil
 import signal
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from elastic.errors import ElasticError
+
 OBJECT_STORE_BYTES = 80 << 20
 NAMESPACE = "elastic"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals by which a person or a machine asks a command to end."""
 
 
 @contextlib.contextmanager
@@ -31,10 +36,11 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
 
     Only the processes of this Ray are ended. Raises RuntimeError if this process is already connected to a Ray.
     """
-    folder = Path(tempfile.mkdtemp(prefix="elastic-", dir="/tmp"))
+    folder = Path(f"/tmp/elastic-{secrets.token_hex(4)}")
     _adopt_orphans()
     before = _children()
     try:
+        folder.mkdir(mode=0o700)  # its name is known before it exists: an interruption here leaves nothing behind
         with log.open("ab") as file, _standard_streams_to(file):
             _authenticate(folder)
             import ray
@@ -45,11 +51,35 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
                 ray.init(**_settings(num_cpus, folder))
                 yield
             finally:
-                ray.shutdown()
+                with undisturbed():
+                    ray.shutdown()
     finally:
-        _end(lambda: _children() - before)
-        _reap(before)
-        shutil.rmtree(folder, ignore_errors=True)
+        with undisturbed():
+            _end(lambda: _children() - before)
+            _reap(before)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal that asks to end interrupts the body. Only Python's main thread may, and needs to, say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in ENDING]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def error_line(error: BaseException) -> str:
+    """What went wrong, in one line; of an actor that could not be created, why."""
+    lines = str(error).strip().splitlines() or [""]
+    if getattr(error, "actor_init_failed", False):
+        return re.sub(r"^elastic\.errors\.\w+: ", "", lines[-1])  # our own words need no class before them
+    return lines[0] if isinstance(error, ElasticError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _adopt_orphans() -> None:

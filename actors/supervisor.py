@@ -16,10 +16,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from elastic.errors import ElasticError
 from elastic.events import EventLog
 from elastic.peer import prove_gone
 
+from .local_ray import error_line
 from .peer import Life, PeerActor, PeerSpec, Trained
 
 ASK_SECONDS = 1.0
@@ -89,13 +89,21 @@ class SiteSupervisor:
     async def _keep(self, charge: Charge) -> None:
         while charge.state not in ("finished", "failed"):
             try:
-                await self._live(charge)
-            except (RayActorError, GetTimeoutError) as error:
-                await self._died(charge, error)
+                await self._live_and_die(charge)
             except RayTaskError as error:
-                self._give_up(charge, _first_line(error.cause if isinstance(error.cause, Exception) else error))
-            finally:
-                _end(charge)
+                self._give_up(charge, error_line(error.cause if isinstance(error.cause, Exception) else error))
+            except Exception as error:  # whatever it is: a peer that nobody keeps must not look as if it ran
+                self._give_up(charge, error_line(error))
+
+    async def _live_and_die(self, charge: Charge) -> None:
+        try:
+            await self._live(charge)
+        except (RayActorError, GetTimeoutError) as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise  # its next life would fail in the same way
+            await self._died(charge, error)
+        finally:
+            _end(charge)
 
     async def _live(self, charge: Charge) -> None:
         """One life, from its start to the end of its training; raises when it dies or hangs."""
@@ -140,7 +148,7 @@ class SiteSupervisor:
         while charge.deaths and now - charge.deaths[0] > self._policy.window_seconds:
             charge.deaths.popleft()
         if len(charge.deaths) > self._policy.max_restarts:
-            self._give_up(charge, f"ended {len(charge.deaths)} times: {_first_line(error)}")
+            self._give_up(charge, f"ended {len(charge.deaths)} times: {error_line(error)}")
             return
         charge.state = "restarting"
         charge.spec = replace(charge.spec, fault=None)  # a fault strikes one life only
@@ -175,8 +183,3 @@ def _end(charge: Charge) -> None:
     if charge.actor is not None:
         ray.kill(charge.actor)
         charge.actor = None
-
-
-def _first_line(error: BaseException) -> str:
-    kind = type(error).__name__
-    return f"{kind}: {error}".splitlines()[0] if not isinstance(error, ElasticError) else str(error)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from elastic.config import RunPolicy, Timeouts
-from elastic.errors import ElasticError
+from elastic.config import RunPolicy, Timeouts, environment
+from elastic.errors import ConfigurationError
 from elastic.events import EventReader
 
 from . import exits
@@ -106,16 +108,14 @@ def command(**options: Any) -> None:
     is killed in the middle of an all-reduce: the others finish that round, and its next life comes back.
     Writes report.json, loss.png, model.safetensors and the event logs.
     """
+    signals = Signals()
     out = options.pop("out") or Path(f"elastic-demo-{datetime.now():%Y%m%d-%H%M%S}")
-    settings = Settings(out=Path(out).resolve(), **options)
-    try:
-        check_kill(settings)
-        check_data(settings)
-        check_port(settings.port)
-        prepare_out(settings.out)
-    except KeyboardInterrupt:
-        sys.exit(exits.INTERRUPTED)
-    sys.exit(Demo(settings).run())
+    settings = Settings(out=out, **options)
+    check_environment()
+    check_kill(settings)
+    check_data(settings)
+    check_port(settings.port)
+    sys.exit(Demo(replace(settings, out=prepare_out(out)), signals).run())
 
 
 # --- bad input: one line, an exit code, nothing started -------------------------------------------------------------
@@ -125,6 +125,13 @@ def refuse(code: int, message: str) -> None:
     """Prints one line and exits."""
     click.echo(f"elastic demo: {message}", err=True)
     sys.exit(code)
+
+
+def check_environment() -> None:
+    try:
+        environment()
+    except ConfigurationError as error:
+        refuse(exits.USAGE, str(error))
 
 
 def check_kill(settings: Settings) -> None:
@@ -141,16 +148,20 @@ def check_data(settings: Settings) -> None:
         refuse(exits.DATA, str(error))
 
 
-def prepare_out(out: Path) -> None:
+def prepare_out(out: Path) -> Path:
+    """Makes the folder; returns its path in full."""
     try:
+        out = out.resolve()
         (out / "events").mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        refuse(exits.OUTPUT, f"cannot write to {out}: {error.strerror}; choose another --out")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in the words of Python 3.11 and 3.12
+        why = error.strerror if isinstance(error, OSError) else "too many levels of symbolic links"
+        refuse(exits.OUTPUT, f"cannot write to {out}: {why}; choose another --out")
     if (out / "report.json").exists() or any((out / "events").iterdir()):
         refuse(exits.OUTPUT, f"{out} holds the results of another run; choose another --out")
+    return out
 
 
 def check_port(port: int) -> None:
@@ -179,16 +190,101 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+# --- signals and the screen: neither may keep the run from its report -----------------------------------------------
+
+
+class Signals:
+    """What SIGINT, SIGTERM and SIGHUP do, by how far the command is.
+
+    At first nothing has been started: they end the process. Later the first one raises KeyboardInterrupt and leaves
+    `interrupted` set, for a library may swallow the exception; all others are ignored, so that nothing disturbs the
+    end.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._set(lambda number, frame: os._exit(exits.INTERRUPTED))
+
+    def raise_once(self) -> None:
+        """From here on; again after a library has put its own handlers there. Raises if one has come already."""
+        if self.interrupted:
+            self.ignore()
+            raise KeyboardInterrupt
+        self._set(self._interrupt)
+
+    def ignore(self) -> None:
+        self._set(signal.SIG_IGN)
+
+    def check(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self.ignore()
+        raise KeyboardInterrupt
+
+    def _set(self, handler: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, handler)
+
+
+class Screen:
+    """The view, on a standard output that may go away (`| head`): then nothing is shown any more."""
+
+    def __init__(self) -> None:
+        # a duplicate, since Ray gets the original
+        self._stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
+        self._view: View | None = None
+        self._try(self._open)
+
+    def update(self, snapshot: Snapshot) -> None:
+        if self._view is not None:
+            self._try(self._view.update, snapshot)
+
+    def event(self, event: dict[str, Any]) -> None:
+        if self._view is not None:
+            self._try(self._view.event, event)
+
+    def close(self) -> None:
+        if self._view is not None:
+            self._try(self._view.close)
+
+    def _open(self) -> None:
+        self._view = make_view(self._stream, run=RUN)
+
+    def _try(self, show: Callable[..., None], *what: Any) -> None:
+        try:
+            show(*what)
+        except OSError:
+            self._view = None
+            _silence(self._stream)
+
+
+def say(line: str, *, err: bool = False) -> None:
+    """Prints a line, if anybody is there to read it."""
+    try:
+        click.echo(line, err=err)
+    except OSError:
+        _silence(sys.stderr if err else sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    # what the stream has kept goes nowhere, also when Python flushes it at its end
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
 class Demo:
     """One run of the demo. `run` returns the exit code; a report is written however it ends."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, signals: Signals) -> None:
         self.settings = settings
+        self.signals = signals
         self.events: list[dict[str, Any]] = []
-        self.interrupted = False
         self.failures: list[str] = []
         self._began = time.monotonic()
         self._readers: dict[Path, EventReader] = {}
@@ -201,32 +297,38 @@ class Demo:
         self._coordinator: Any = None
 
     def run(self) -> int:
-        _on_signals(_interrupt)
-        click.echo(f"results go to {self.settings.out}; starting Ray ...")
-        screen = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)  # Ray gets the original
-        view = make_view(screen, run=RUN)
+        say(f"results go to {self.settings.out}; starting Ray ...")
+        screen = Screen()
         try:
-            self._run_in_ray(view)
-        except KeyboardInterrupt:
-            self.interrupted = True
-        except ElasticError as error:
-            self.failures.append(str(error))
+            self.signals.raise_once()
+            self._run_in_ray(screen)
+        except (KeyboardInterrupt, SystemExit):  # SystemExit: of the handler that Ray has while it starts
+            self.signals.interrupted = True
+        except Exception as error:
+            self._note_failure(error)
         finally:
-            _on_signals(signal.SIG_IGN)  # the report is written whatever comes
-            view.close()
+            self.signals.ignore()  # the report is written whatever comes
+            screen.close()
         return self._conclude()
 
-    def _run_in_ray(self, view: View) -> None:
+    def _run_in_ray(self, view: Screen) -> None:
         from actors.local_ray import local_ray
 
         with local_ray(num_cpus=self.settings.peers + 1, log=self.settings.out / "ray.log"):
             try:
-                _on_signals(_interrupt)  # Ray has put its own handlers there
+                self.signals.raise_once()  # Ray has put its own handlers there
                 self._start_actors()
                 self._watch(view)
             finally:
+                self.signals.ignore()
                 self._stop_actors()
                 self._read_events(view)
+
+    def _note_failure(self, error: Exception) -> None:
+        from actors.local_ray import error_line
+
+        if not self.signals.interrupted:  # else it is what a library made of the interruption
+            self.failures.append(f"the run ended early: {error_line(error)}")
 
     def _start_actors(self) -> None:
         import ray
@@ -257,6 +359,7 @@ class Demo:
         fault = Injection(kind="kill", tag="outer", round=s.kill_round, fraction=0.0)
         config = {
             "peers": s.peers,
+            "rounds": s.rounds,
             "data": tuple(str(Path(path).absolute()) for path in s.data),  # peers have a working folder of their own
             "sync_every": s.sync_every,
             "wire": s.wire,
@@ -276,32 +379,33 @@ class Demo:
             fault_log=str(s.out / "events" / "faults.jsonl"),
         )
 
-    def _watch(self, view: View) -> None:
+    def _watch(self, view: Screen) -> None:
         import ray
 
         while True:
+            self.signals.check()
             status, charges = ray.get([self._coordinator.status.remote(), self._supervisor.report.remote()])
             self._read_events(view)
             self._note(status, charges)
             view.update(self._snapshot(status))
-            self.failures = [f"{charge.name}: {charge.error}" for charge in charges if charge.state == "failed"]
             if all(charge.state in ("finished", "failed") for charge in charges):
+                self.failures = [line for charge in charges if (line := _failure(charge))]
                 return
             time.sleep(LOOK_SECONDS)
 
     def _stop_actors(self) -> None:
         import ray
 
-        for call in (self._supervisor and self._supervisor.stop, self._coordinator and self._coordinator.close):
-            if call:
-                ray.wait([call.remote()], timeout=STOP_SECONDS)
-        for actor in (self._supervisor, self._coordinator):
+        for actor, method in ((self._supervisor, "stop"), (self._coordinator, "close")):
             if actor:
-                ray.kill(actor)
+                with contextlib.suppress(Exception):  # it may be dead, and the processes are ended anyhow
+                    ray.wait([getattr(actor, method).remote()], timeout=STOP_SECONDS)
+                with contextlib.suppress(Exception):
+                    ray.kill(actor)
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
-    def _read_events(self, view: View) -> None:
+    def _read_events(self, view: Screen) -> None:
         fresh: list[dict[str, Any]] = []
         for path in sorted((self.settings.out / "events").glob("*.jsonl")):
             reader = self._readers.setdefault(path, EventReader(path))
@@ -382,17 +486,17 @@ class Demo:
             final,
             settings=_public(s),
             sample_text=self._sample,
-            interrupted=self.interrupted,
+            interrupted=self.signals.interrupted,
             seed=s.seed,
             wall_seconds=time.monotonic() - self._began,
         )
         write_report(s.out, report)
         no_picture = draw_loss(s.out / "loss.png", report)
-        click.echo(summary(report))
+        say(summary(report))
         for line in (no_picture, *self.failures):
             if line:
-                click.echo(f"elastic demo: {line}", err=True)
-        click.echo(f"report, picture, weights and events: {s.out}")
+                say(f"elastic demo: {line}", err=True)
+        say(f"report, picture, weights and events: {s.out}")
         return self._exit_code(report)
 
     def _facts(self, name: str) -> dict[str, Any]:
@@ -405,20 +509,20 @@ class Demo:
         }
 
     def _exit_code(self, report: dict[str, Any]) -> int:
-        if self.interrupted:
+        if self.signals.interrupted:
             return exits.INTERRUPTED
         complete = report["rounds_committed"] >= self.settings.rounds and report["state_hashes_equal"]
         killed = bool(report["kills"]) or not self.settings.kill
         return exits.OK if complete and killed and not self.failures else exits.FAILED
 
 
-def _on_signals(handler: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _failure(charge: ChargeReport) -> str:
+    """Why the run is not a success for this peer, in a line; empty if it is."""
+    if charge.state == "failed":
+        return f"{charge.name}: {charge.error}"
+    if charge.trained is not None and charge.trained.result["version"] < 0:
+        return f"{charge.name}: the run ended before it could fetch the state, which is not known there"
+    return ""
 
 
 def _public(settings: Settings) -> dict[str, Any]:
