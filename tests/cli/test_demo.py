@@ -24,17 +24,17 @@ def elastic(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*ELASTIC, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
-def processes_of(session: int) -> list[str]:
-    """Command lines of the living processes of a session."""
-    found = []
+def processes_of(session: int, words: str = "") -> dict[int, str]:
+    """Command lines, with `words` in them, of the living processes of a session."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
             state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             if int(sid) == session and state != "Z":
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
         except (OSError, ValueError):
             continue
-    return found
+    return {pid: line for pid, line in found.items() if words in line}
 
 
 # --- from end to end --------------------------------------------------------------------------------------------------
@@ -135,26 +135,96 @@ def test_what_it_leaves_behind(finished: tuple[Path, dict[str, Any], str]) -> No
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_ends_everything_and_still_reports(tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(
-        [*ELASTIC, *QUICK, "--no-kill", "--out", "out"],
-        cwd=tmp_path,
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*ELASTIC, "demo", *arguments, "--out", "out"],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    events = tmp_path / "out" / "events" / "coordinator.jsonl"
-    wait_for(lambda: events.exists() and "round.committed" in events.read_text(), process)
+
+
+def committed(folder: Path) -> bool:
+    events = folder / "out" / "events" / "coordinator.jsonl"
+    return events.exists() and "round.committed" in events.read_text()
+
+
+def left_folders() -> set[Path]:
+    return set(Path("/tmp").glob("elastic-*"))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_it_ends_everything_and_still_reports(tmp_path: Path, number: int) -> None:
+    process = start(tmp_path, "--rounds", "200", "--no-kill")
+    wait_for(lambda: committed(tmp_path), process)
+    pressed = time.monotonic()
     os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
+    print(f"{signal.Signals(number).name}: ended {time.monotonic() - pressed:.1f} s later; at most 5 s are promised")
     assert process.returncode == 130, printed
     assert not processes_of(process.pid)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["interrupted"] is True and report["rounds_committed"] >= 1
     assert (tmp_path / "out" / "loss.png").exists()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("moment", ["nothing started", "Ray starts", "training"])
+def test_whoever_presses_again_and_again_does_not_break_the_end(tmp_path: Path, moment: str) -> None:
+    before = left_folders()
+    process = start(tmp_path, "--rounds", "200", "--no-kill")
+    due = {
+        "nothing started": lambda: "torch" in (Path("/proc") / str(process.pid) / "maps").read_text(),
+        "Ray starts": lambda: any("gcs_server" in line for line in processes_of(process.pid).values()),
+        "training": lambda: committed(tmp_path),
+    }
+    wait_for(due[moment], process)
+    between = threading.Event()
+    while process.poll() is None and not between.wait(0.2):
+        os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed, printed
+    assert not processes_of(process.pid) and left_folders() <= before
+    assert (tmp_path / "out" / "report.json").exists() == (moment != "nothing started")
+
+
+# --- ended by something else ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+def test_when_the_coordinator_is_killed_it_says_so_and_reports(tmp_path: Path) -> None:
+    before = left_folders()
+    process = start(tmp_path, "--rounds", "200", "--no-kill")
+    wait_for(lambda: committed(tmp_path), process)
+    (victim,) = processes_of(process.pid, "ray::CoordinatorActor")
+    os.kill(victim, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in printed, printed
+    assert len([line for line in printed.splitlines() if "the run ended early" in line]) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rounds_committed"] >= 1 and report["interrupted"] is False
+    assert not processes_of(process.pid) and left_folders() <= before
+
+
+@pytest.mark.timeout(120)
+def test_when_nobody_reads_any_more_it_runs_to_its_end(tmp_path: Path) -> None:
+    process = start(tmp_path, "--rounds", "3", "--sync-every", "5", "--no-kill")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=100) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["rounds_committed"] == 3 and report["state_hashes_equal"] is True
+
+
+@pytest.mark.timeout(120)
+def test_in_a_short_run_the_killed_peer_still_ends_with_the_others(tmp_path: Path) -> None:
+    process = start(tmp_path, "--rounds", "3", "--sync-every", "5")
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, printed
 
 
 def wait_for(true: Any, process: subprocess.Popen[str]) -> None:
@@ -181,6 +251,8 @@ def wait_for(true: Any, process: subprocess.Popen[str]) -> None:
         (["--data", "little.txt"], 3, "too little text"),
         (["--out", "file/out"], 5, "file/out"),
         (["--out", "old"], 5, "another run"),
+        (["--out", "loop/out"], 5, "loop/out"),
+        (["--data", "x" * 300], 3, "File name too long"),
     ],
 )
 def test_bad_input_gets_one_line_and_a_code(tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
@@ -189,6 +261,7 @@ def test_bad_input_gets_one_line_and_a_code(tmp_path: Path, arguments: list[str]
     (tmp_path / "file").write_text("a file, not a folder")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "report.json").write_text("{}")
+    (tmp_path / "loop").symlink_to("loop")
     before = sorted(tmp_path.rglob("*"))
     found = elastic("demo", *arguments, cwd=tmp_path)
     assert found.returncode == code, found.stderr
@@ -205,6 +278,15 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         found = elastic("demo", "--port", str(port), cwd=tmp_path)
     assert found.returncode == 4 and f"port {port}" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_an_unknown_variable_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTIC_STRIPS", "2")
+    found = elastic("demo", cwd=tmp_path)
+    assert found.returncode == 2 and not list(tmp_path.iterdir())
+    assert found.stderr.splitlines() == [
+        "elastic demo: unknown environment variable ELASTIC_STRIPS: did you mean ELASTIC_STRIPES?"
+    ]
 
 
 def test_help_has_an_example_and_every_option() -> None:
