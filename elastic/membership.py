@@ -115,6 +115,7 @@ class MemberState:
     held: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
     entered: set[str] = field(default_factory=set)
     trains: set[str] = field(default_factory=set)
+    exited: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -355,6 +356,7 @@ class Membership:
         if loop is not None and self._mismatch(name, message, loop.spec, message.spec):
             return
         self.members[name].entered.add(message.tag)
+        self.members[name].exited.discard(message.tag)
         self.members[name].trains.discard(message.tag)  # who asks has nothing to train from
         if loop is None:
             self._found(name, message)
@@ -421,7 +423,7 @@ class Membership:
         state = self.members[name]
         state.held[message.tag, message.fragment] = (message.version, message.state_hash)
         state.entered.add(message.tag)
-        state.trains.add(message.tag)
+        (state.trains.discard if message.receiving else state.trains.add)(message.tag)
         if message.version < loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.version)
         elif self.progress.finished and not self.progress.behind:
@@ -450,6 +452,7 @@ class Membership:
     def _exit(self, name: str, tag: str, now: float) -> None:
         self.members[name].trains.discard(tag)
         self.members[name].entered.discard(tag)
+        self.members[name].exited.add(tag)
         operation = self.operations.get(tag)
         if operation is not None:
             self._withdraw(operation, name, now)
@@ -1082,13 +1085,13 @@ class Membership:
         return self.table is not None and 0 < self.table.epochs * self.table.layout.samples <= self.table.committed
 
     def _behind(self) -> int:
-        """How many members that entered a loop do not hold its newest version yet."""
+        """How many members of a loop do not hold its newest version; later lives are on their way into it."""
         return sum(
             state.held.get((tag, fragment), (-1, ""))[0] < version
             for tag, loop in self.loops.items()
             for fragment, version in loop.versions.items()
             for state in self.members.values()
-            if tag in state.entered
+            if tag in state.entered or (state.life > 1 and tag not in state.exited)
         )
 
     def status(self, now: float) -> StatusReport:

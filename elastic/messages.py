@@ -163,12 +163,16 @@ class Exit(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Applied(Message):
-    """This peer holds `version` of the fragment, with this hash, and serves it to others."""
+    """This peer holds `version` of the fragment, with this hash, and serves it to others.
+
+    receiving: it has nothing to train on for now, and only follows: no round needs to wait for it (rule 11).
+    """
 
     tag: str
     fragment: int
     version: int
     state_hash: str
+    receiving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

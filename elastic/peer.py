@@ -195,6 +195,7 @@ class Peer:
         self._leases: Inbox = queue.SimpleQueue()
         self._sequence = 0
         self._finished: dict[str, int] = {}
+        self.when_idle: list[Callable[[], None]] = []
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
         self._reader: ShardReader | None = None
@@ -384,8 +385,10 @@ class Peer:
         """Batches of `dataset` (map-style, equal on all peers) from the shards that this peer holds.
 
         A sample is read by one peer; its cursor is committed with the round that its step contributes to. Ends when
-        the run has reached its target or the data is spent (after `epochs` passes; 0: never). shard_size: samples per
-        shard; by default 16 batches. Batches are collated as torch's DataLoader would.
+        the run has reached its target or the data is spent (after `epochs` passes; 0: never). Within an outer loop,
+        spent means committed: a peer that finds no shard left gives what it has learned, follows the others' rounds,
+        and takes over what a peer that is lost has not committed. shard_size: samples per shard; by default 16
+        batches. Batches are collated as torch's DataLoader would.
         """
         from torch.utils.data import default_collate
 
@@ -408,13 +411,15 @@ class Peer:
             indices = reader.batch(batch_size)
             if indices:
                 yield indices
-            elif spent:
+            elif spent and not self.when_idle:
                 return
             else:
-                self._await_decision()
+                self._idle()
 
-    def _await_decision(self) -> None:
-        """The shards that are left depend on a round that is under way: looks again once something has changed."""
+    def _idle(self) -> None:
+        """What is left depends on others: on a round under way, or on what a lost peer did not commit."""
+        for give in list(self.when_idle):
+            give()
         with self._changed:
             self._changed.wait(min(self.timeouts.heartbeat, ASK_AGAIN_SECONDS))
 

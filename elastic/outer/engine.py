@@ -120,6 +120,7 @@ class OuterLoop:
         self._missed = 0
         self._weight = 0.0
         self._opened = False
+        self._receiving = False
         self._doubts: list[Doubt] = []
         self._inbox: Inbox | None = None
         self._context: Any = None
@@ -156,6 +157,7 @@ class OuterLoop:
             self._fetch_base()
             self.layout.write(self.version.parameters)
             self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
+            self.peer.when_idle.append(self._idle)
         except BaseException:
             self._leave()
             raise
@@ -180,6 +182,7 @@ class OuterLoop:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+            self.peer.when_idle.remove(self._idle)
         self.peer.send(Exit(run=self.peer.run, tag=self.tag))
         self._context.__exit__()
         self._inbox = None
@@ -190,10 +193,21 @@ class OuterLoop:
         self.steps += 1
         self._since_applied += 1
         self._weight += self.peer.stepped()
+        if self._receiving:
+            self._receiving = False
+            self._announce()
         self.peer.report(step=self.steps, state="training")
         self._take_messages()
         if not self.finished and (self._since_applied >= self.sync_every or self._opened):
             self._exchange()
+
+    def _idle(self) -> None:
+        """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
+        self.flush()
+        if not (self._receiving or self._weight or self.finished):
+            self._receiving = True
+            self.peer.report(state="receiving")
+            self._announce()
 
     def _take_messages(self) -> None:
         """Applies what came while training: rounds that went on without this peer, and the call to a round."""
@@ -342,8 +356,16 @@ class OuterLoop:
         key = self._key("state", version.number)
         self.peer.group.publish(key, [version.parameters, version.momentum], version.state_hash)
         _turn_over(self._published, key, 2, self.peer.group.withdraw)
+        self._announce()
+
+    def _announce(self) -> None:
         applied = Applied(
-            run=self.peer.run, tag=self.tag, fragment=0, version=version.number, state_hash=version.state_hash
+            run=self.peer.run,
+            tag=self.tag,
+            fragment=0,
+            version=self.version.number,
+            state_hash=self.version.state_hash,
+            receiving=self._receiving,
         )
         self.peer.hold(applied)
 

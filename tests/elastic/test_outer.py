@@ -392,6 +392,56 @@ def test_every_sample_is_read_once_and_counted_once(run: Run) -> None:
     assert status.progress.finished, "the data is spent"
 
 
+def test_a_peer_without_data_follows_the_others_to_the_end(run: Run) -> None:
+    run.policy = RunPolicy(quorum=0.4)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
+    peers = run.several(2)
+
+    def train(peer: Peer) -> tuple[str, int, int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        received = 0
+        with DiLoCo(model, inner, peer, sync_every=2, max_staleness=50, keep_results=50) as loop:
+            for batch in peer.shards(Samples(), batch_size=4, shard_size=52, seed=3, epochs=1):
+                if peer.name == "p1" and not received:  # the other one has read its half, and nothing is left for it
+                    until(lambda: peers[0]._status.state == "receiving")
+                received += len(batch)
+                steps(model, inner, 1)
+        return loop.version.state_hash, loop.version.number, received
+
+    results = run.together(train, peers)
+    assert results[0][:2] == results[1][:2], "the receiver has followed to the last version"
+    assert sorted(received for _, _, received in results) == [51, 52]
+    assert run.coordinator is not None and run.coordinator.status().samples == 103
+
+
+def test_what_a_lost_peer_did_not_commit_is_read_by_the_others(run: Run) -> None:
+    run.policy = RunPolicy(quorum=0.4)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=0.5, operation=30, round=60, grace=0.1, evict_after=1.0)
+    first, second = run.several(2)
+    began = threading.Event()
+
+    def lost() -> None:
+        model = Quadratic(target_of(second))
+        loop = DiLoCo(model, inner_of(model), second, sync_every=100)
+        loop.__enter__()
+        next(iter(second.shards(Samples(), batch_size=4, shard_size=20, seed=3, epochs=1)))
+        second.close()
+        began.set()
+
+    model = Quadratic(target_of(first))
+    inner = inner_of(model)
+    seen: list[int] = []
+    with DiLoCo(model, inner, first, sync_every=3):
+        lost()
+        assert began.is_set()
+        for batch in first.shards(Samples(), batch_size=4, shard_size=20, seed=3, epochs=1):
+            seen.extend(batch.tolist())
+            steps(model, inner, 1)
+    assert sorted(seen) == list(range(103)), "all of it, once"
+    assert run.coordinator is not None and run.coordinator.status().samples == 103
+
+
 def test_the_next_life_of_a_peer_reads_on_from_the_committed_position(run: Run) -> None:
     run.policy = RunPolicy(quorum=0.4)  # one of two suffices: the other only keeps the state
     run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
