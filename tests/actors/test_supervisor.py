@@ -66,10 +66,10 @@ def site(ray_here: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     with Coordinator(run="site", policy=RunPolicy(), timeouts=Timeouts(), events=tmp_path / "events.jsonl") as served:
         started: list[Any] = []
 
-        def start(function: str, **policy: Any) -> Any:
+        def start(function: str, *, run: str = "site", **policy: Any) -> Any:
             spec = PeerSpec(
                 coordinator=served.address,
-                run="site",
+                run=run,
                 name="p0",
                 site="here",
                 script=str(script),
@@ -137,3 +137,15 @@ def test_a_peer_that_hangs_is_ended_and_gets_its_next_life(site: Callable[..., A
 def test_a_peer_that_keeps_dying_is_given_up(site: Callable[..., Any]) -> None:
     report = site("dies", max_restarts=1)
     assert (report.state, report.lives) == ("failed", 2) and "ended 2 times" in report.error
+
+
+def test_a_peer_that_cannot_begin_is_given_up_at_once_with_the_reason(site: Callable[..., Any]) -> None:
+    report = site("fine", run="no name")
+    assert (report.state, report.lives) == ("failed", 1)
+    assert report.error.startswith("run 'no name' is not a name: use 1 to 63 letters")
+
+
+def test_a_peer_that_its_supervisor_cannot_keep_is_given_up(site: Callable[..., Any]) -> None:
+    """A policy of a wrong type stands for any fault of the supervisor's own."""
+    report = site("dies", window_seconds=None)
+    assert (report.state, report.lives) == ("failed", 1) and report.error.startswith("TypeError: ")
