@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 ENTER_TRIES = 20
 SEE_OFF_SECONDS = 15.0
+PULL_AGAIN_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,17 +377,23 @@ class OuterLoop:
         _turn_over(self._results, key, self.keep_results, self.peer.group.withdraw)
 
     def _pull(self, commit: Commit) -> torch.Tensor | None:
-        """Rule 5: the committed result, from those who hold it."""
+        """Rule 5: the committed result, from those who hold it; None if nobody gives it."""
         sources = [member for member in commit.sources if member.name != self.peer.name]
-        if not sources:
-            return None
-        try:
-            data = self.peer.group.fetch(
-                self._key("result", commit.version), sources, digest=commit.digest, timeout=self.peer.timeouts.operation
-            )
-        except FetchError:
-            return None
-        return torch.frombuffer(data, dtype=torch.float32)
+        deadline = time.monotonic() + self.peer.timeouts.chunk
+        while sources:
+            try:
+                data = self.peer.group.fetch(
+                    self._key("result", commit.version),
+                    sources,
+                    digest=commit.digest,
+                    timeout=self.peer.timeouts.operation,
+                )
+                return torch.frombuffer(data, dtype=torch.float32)
+            except FetchError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(PULL_AGAIN_SECONDS)  # they publish it when the same commit has reached them
+        return None
 
     def _fetch_and_start_over(self) -> None:
         self._fetch_base()

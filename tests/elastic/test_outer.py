@@ -403,6 +403,9 @@ def test_a_peer_without_data_follows_the_others_to_the_end(run: Run) -> None:
         received = 0
         with DiLoCo(model, inner, peer, sync_every=2, max_staleness=50, keep_results=50) as loop:
             for batch in peer.shards(Samples(), batch_size=4, shard_size=52, seed=3, epochs=1):
+                until(
+                    lambda: all(each.cursors or each._status.state == "receiving" for each in peers)
+                )  # both have a shard
                 if peer.name == "p1" and not received:  # the other one has read its half, and nothing is left for it
                     until(lambda: peers[0]._status.state == "receiving")
                 received += len(batch)
