@@ -138,8 +138,14 @@ class Coordinator:
         except (ValueError, UnicodeDecodeError):
             self._refused += 1
             return []
-        with self._lock:
-            return self._membership.receive(name, message, time.monotonic())
+        try:
+            with self._lock:
+                return self._membership.receive(name, message, time.monotonic())
+        except Exception as error:  # what no correct peer sends must not end the run for the others
+            self._refused += 1
+            kind = type(message).__name__
+            self._events.emit("message.refused", sender=name, kind=kind, reason=f"{type(error).__name__}: {error}")
+            return []
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         effects = list(effects)

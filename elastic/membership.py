@@ -355,6 +355,10 @@ class Membership:
         loop = self.loops.get(message.tag)
         if loop is not None and self._mismatch(name, message, loop.spec, message.spec):
             return
+        if loop is not None and message.fragment not in loop.versions:
+            reason = f"{message.tag} has no fragment {message.fragment}; it has {sorted(loop.versions)}"
+            self._refuse(name, message, "ParityError", reason, tag=message.tag)
+            return
         self.members[name].entered.add(message.tag)
         self.members[name].exited.discard(message.tag)
         self.members[name].trains.discard(message.tag)  # who asks has nothing to train from

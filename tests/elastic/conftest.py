@@ -18,3 +18,5 @@ def run(tmp_path: Path) -> Iterator[Run]:
     run.close()
     left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("elastic")]
     assert not left, f"threads left behind: {left}"
+    log = tmp_path / "coordinator.jsonl"
+    assert not log.exists() or "message.refused" not in log.read_text() or run.garbage, log.read_text()

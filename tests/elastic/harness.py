@@ -35,6 +35,7 @@ class Run:
     peers: list[Peer] = field(default_factory=list)
     coordinator: Coordinator | None = None
     port: int = 0
+    garbage: bool = False  # whether the test itself sends what no peer would
 
     def open(self) -> Coordinator:
         """Starts the coordinator, or its next life on the same address and journal."""
