@@ -82,9 +82,7 @@ class SiteSupervisor:
         for task in self._tasks:
             task.cancel()
         for charge in self._charges.values():
-            if charge.actor is not None:
-                ray.kill(charge.actor)
-                charge.actor = None
+            _end(charge)
 
     async def _keep(self, charge: Charge) -> None:
         while charge.state not in ("finished", "failed"):

@@ -430,8 +430,10 @@ class Membership:
         (state.trains.discard if message.receiving else state.trains.add)(message.tag)
         if message.version < loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.version)
-        elif self.progress.finished and not self.progress.behind:
-            self._broadcast(self._stamp(Pong, progress=self.progress))  # the holders need not stay any longer
+            return
+        progress = self.progress
+        if progress.finished and not progress.behind:
+            self._broadcast(self._stamp(Pong, progress=progress))  # the holders need not stay any longer
 
     def _drifted(self, name: str, message: Applied | Propose, version: int, held: str, agreed: str, now: float) -> None:
         reason = f"peer {name} holds {held} as version {version}, the run holds {agreed}"

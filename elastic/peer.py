@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from collectives import Group, GroupStatistics, LinkOptions
-from collectives.records import Member, Progress
+from collectives.records import Member, Progress, Start
 from collectives.wires import WIRES
 
 from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
@@ -527,6 +527,10 @@ class Peer:
             fields["generation"] = self._generation
         self._control.send(dataclasses.replace(message, **fields))
 
+    def decline(self, start: Start) -> None:
+        """Takes back the proposal that this attempt takes: its caller waits no longer."""
+        self.send(Withdraw(run=self.run, tag=start.tag, sequence=start.sequence_of(self.name)))
+
     def finish(self, tag: str, round: int) -> None:
         """Messages about this round of the tag, or earlier ones, are old news from now on."""
         self._finished[tag] = max(self._finished.get(tag, -1), round)
@@ -639,8 +643,7 @@ class Peer:
         if inbox is not None:
             inbox.put(message)
         elif isinstance(message, Begin):  # nobody waits here any more, and the others should not have to wait for it
-            sequence = message.start.sequence_of(self.name)
-            self.send(Withdraw(run=self.run, tag=tag, sequence=sequence))
+            self.decline(message.start)
         if isinstance(message, Commit):  # last: who sees that the run is finished finds the commit in its inbox
             self._progressed(message.progress)
 

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import xxhash
 
 from collectives import FetchError
 
@@ -33,11 +32,10 @@ from ..messages import (
     OperationSpec,
     Propose,
     Refused,
-    Withdraw,
 )
 from ..operations import Inbox, Outcome, refusal
 from .optimizers import OuterOptimizer
-from .state import Layout, Version, as_bytes
+from .state import Layout, Version
 
 if TYPE_CHECKING:
     from ..peer import Peer
@@ -227,8 +225,7 @@ class OuterLoop:
             case Commit():
                 self._catch_up(message)
             case Begin():  # of a proposal that this peer has given up
-                sequence = message.start.sequence_of(self.peer.name)
-                self.peer.send(Withdraw(run=self.peer.run, tag=self.tag, sequence=sequence))
+                self.peer.decline(message.start)
             case Base() if message.version > self.version.number:
                 self._start_over(message)
             case Refused():
@@ -325,7 +322,7 @@ class OuterLoop:
     def _advance(self, commit: Commit, mean: torch.Tensor) -> None:
         self._doubts.clear()
         self._adopt(self.advance(self.version, mean))
-        self._keep_result(mean)
+        self._keep_result(commit, mean)
         self._note(commit)
 
     def _reset(self) -> None:
@@ -370,10 +367,9 @@ class OuterLoop:
         )
         self.peer.hold(applied)
 
-    def _keep_result(self, mean: torch.Tensor) -> None:
-        key = self._key("result", self.version.number)
-        digest = xxhash.xxh3_128_hexdigest(as_bytes(mean))
-        self.peer.group.publish(key, [mean], digest)
+    def _keep_result(self, commit: Commit, mean: torch.Tensor) -> None:
+        key = self._key("result", commit.version)
+        self.peer.group.publish(key, [mean], commit.digest)
         _turn_over(self._results, key, self.keep_results, self.peer.group.withdraw)
 
     def _pull(self, commit: Commit) -> torch.Tensor | None:

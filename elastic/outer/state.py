@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 import xxhash
 
+from collectives.transfer import as_bytes
+
 from ..errors import CheckpointMismatch, ConfigurationError
 
 
@@ -40,11 +42,6 @@ class Version:
         flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
         half = flat.numel() // 2
         return cls(number, flat[:half], flat[half:])
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.view(torch.uint8).numpy().data
 
 
 class Layout:
