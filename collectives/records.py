@@ -50,6 +50,14 @@ class Start:
     shares: for each contributor, the part of the elements that it owns (reduces); non-negative, sums to 1.
         0 keeps a contributor from owning anything: so a pair that cannot talk never needs to.
     multipliers, divisor: float32 scalars; the result is (sum over i of multipliers[i] * x[i]) / divisor.
+    pattern: "direct" (every contributor sends to each owner), "ring" (partial sums and results travel along `order`), or
+        "tree" (along `parents`, for graphs of reachable pairs in which no owner reaches everybody).
+    order: ring only; indices of the contributors around it. parents: tree only; for each contributor the index of the
+        one above it, -1 for the root.
+    op: "sum", "min", "max"; "broadcast" (the numbers of the one contributor with share 1), "all_gather" (the sources
+        one after the other), "reduce_scatter" (a sum of which each contributor keeps what it owns).
+    segments: for each contributor, how many elements it owns; given instead of shares where they must be exact.
+    gather_wire: how results travel back; "" for the same as `wire`.
     sequences: for each contributor, then each receiver, which of its own proposals under the tag this attempt takes:
         so that a member that has given one up does not answer for it with the next.
     elements: length of the flat tensor. dtype: of source and result. wire: how numbers travel.
@@ -67,9 +75,13 @@ class Start:
     receivers: tuple[Member, ...] = ()
     sequences: tuple[int, ...] = ()
     pattern: str = "direct"
+    order: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
     shares: tuple[float, ...]
+    segments: tuple[int, ...] = ()
     op: str = "sum"
     wire: str = "f32"
+    gather_wire: str = ""
     dtype: str = "float32"
     elements: int
     multipliers: tuple[float, ...]
