@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos check format clean
+.PHONY: demo test wan chaos check format clean
 
 demo: $(STAMP)
 	$(BIN)/elastic demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The data plane over the emulated WAN: needs root, /dev/net/tun, iproute2 and a C compiler, and says so.
+wan: $(STAMP)
+	$(BIN)/python -m benchmarks.wan.wan check
+	$(BIN)/python -m pytest -m wan tests/wan
 
 # Random faults on real processes, with new seeds for so many seconds; CHAOS_SEED=N begins with that seed.
 CHAOS_SECONDS ?= 300

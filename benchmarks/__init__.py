@@ -1,0 +1,1 @@
+"""Studies whose tables stand in docs/benchmarks.md: each is run as `python -m benchmarks.NAME`."""
