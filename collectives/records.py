@@ -58,6 +58,7 @@ class Start:
         one after the other), "reduce_scatter" (a sum of which each contributor keeps what it owns).
     segments: for each contributor, how many elements it owns; given instead of shares where they must be exact.
     gather_wire: how results travel back; "" for the same as `wire`.
+    chunk_bytes: largest piece that travels alone, a multiple of 64 up to what the group's options allow; 0 for that.
     sequences: for each contributor, then each receiver, which of its own proposals under the tag this attempt takes:
         so that a member that has given one up does not answer for it with the next.
     elements: length of the flat tensor. dtype: of source and result. wire: how numbers travel.
@@ -82,6 +83,7 @@ class Start:
     op: str = "sum"
     wire: str = "f32"
     gather_wire: str = ""
+    chunk_bytes: int = 0
     dtype: str = "float32"
     elements: int
     multipliers: tuple[float, ...]
