@@ -330,7 +330,7 @@ class Wan:
     def _sysctl(ns: str, values: dict[str, str]) -> None:
         script = (
             "import sys\nfor a in sys.argv[1:]:\n k, v = a.split('=', 1)\n"
-            " try: open('/proc/sys/' + k.replace('.', '/'), 'w').write(v)\n"
+            " try:\n  with open('/proc/sys/' + k.replace('.', '/'), 'w') as f: f.write(v)\n"
             " except FileNotFoundError:\n  if 'ipv6' not in k: sys.exit(k + ': no such setting')\n"
             " except OSError as e: sys.exit(f'{k}={v}: {e.strerror}')\n"
         )

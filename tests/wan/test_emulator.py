@@ -23,7 +23,7 @@ NAME = f"t{os.getpid()}"
 SMALL = {
     "sites": ["a", "b", "c"],
     "default": {"rtt_ms": 20, "rate_mbit": 200},
-    "sysctl": {"net.ipv4.tcp_congestion_control": "cubic"},
+    "sysctl": {"net.ipv4.tcp_congestion_control": "reno"},
 }
 
 
@@ -96,6 +96,14 @@ def test_delay_and_changing_it(wan: Wan) -> None:
         assert 0.100 <= connect_s(wan, "a", "b") < 0.115
         wan.set("a", "b", both=False, delay=5)
         assert 0.055 <= connect_s(wan, "a", "b") < 0.070
+
+
+@pytest.mark.wan
+def test_settings_of_a_site_are_made_or_refused(wan: Wan) -> None:
+    with wan.inside("b"), socket.socket() as s:
+        assert s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0") == b"reno"
+    with pytest.raises(WanError, match="tcp_congestion_control: no such setting"):
+        Wan({**SMALL, "sysctl": {"net.ipv4.tcp_congestion_control": "nonsense"}}, f"{NAME}x").up()
 
 
 @pytest.mark.wan
