@@ -161,6 +161,9 @@ class Bare:
         self._exact = {start["wire"], start.get("gather_wire", "") or start["wire"]} <= set(LOSSLESS)
         source(NAME, elements, self._exact)
         shares = tuple(start.pop("shares", (1 / count,) * count))
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in start.items()
+        }
         self._start = Start(
             run="benchmark",
             generation=1,
@@ -174,7 +177,7 @@ class Bare:
             shares=shares,
             elements=elements,
             multipliers=(1.0,) * count,
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in start.items()},
+            **fields,
         )
         self._round += 1
 

@@ -534,6 +534,11 @@ class Wan:
                 s["drop_device"] = j[0]["stats64"]["tx"]["dropped"]
         return st
 
+    def links(self) -> list[dict[str, Any]]:
+        """The counters of the links alone: cheap enough to be asked for every few milliseconds."""
+        found: list[dict[str, Any]] = json.loads(self.command("status"))["links"]
+        return found
+
     # -- running things at a site
 
     def argv(self, site: str, cmd: Sequence[str]) -> list[str]:

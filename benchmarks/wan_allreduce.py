@@ -1,0 +1,275 @@
+"""All-reduce between sites of the emulated WAN, beside gloo on the same links. Needs root and /dev/net/tun.
+
+    python -m benchmarks.wan_allreduce lossy3 --size 64 --settle 10 --gloo-size 8 --gloo-repeat 2
+    python -m benchmarks.wan_allreduce wan3 --size 256 --wires f32,int8,int4+int8,int4+int4 --gloo-repeat 0
+    python -m benchmarks.wan_allreduce asym4 --size 32 --patterns ring:acbd,ring:abcd --gloo-repeat 0
+
+The share of the bottleneck is the time that the busiest link needs for its bytes, at its rate less what headers take
+of a packet, over the time measured: from call to return, and from the first data byte that arrives anywhere to the
+return of the last peer. gloo, which goes around a ring, is measured by the same yardstick as the direct pattern.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from benchmarks import common
+from benchmarks.allreduce import known
+from benchmarks.common import Report, Team
+from benchmarks.wan.wan import DEV, Topology, Wan, WanError
+
+BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4, "e3m0": 4}
+# Of a packet, what is left for data: 20 bytes of IP, 20 of TCP and 12 of its timestamps go.
+HEADERS = 52
+# So many bytes on one link are more than what idle connections and greetings send in the time it takes to begin.
+DATA_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row. team_name: which group or process group runs it; start: fields of its Starts."""
+
+    title: str
+    team_name: str
+    cc: str
+    elements: int
+    wire: str = "f32"
+    pattern: str = "direct"
+    start: dict[str, Any] = field(default_factory=dict)
+    repeat: int = 7
+
+
+@dataclass(frozen=True)
+class Result:
+    """One operation. seconds: from call to return; moving: from the first data byte that arrived to the return."""
+
+    seconds: float
+    moving: float
+    stripes: tuple[int, ...]
+    threads: int
+    error: float
+
+
+class FirstByte(threading.Thread):
+    """Asks the emulator for its counters until data has arrived on some link. at: time.monotonic() of that."""
+
+    def __init__(self, wan: Wan) -> None:
+        super().__init__(daemon=True)
+        self.at: float | None = None
+        self._wan = wan
+        self._stopping = threading.Event()
+        self._before = self._delivered()
+
+    def _delivered(self) -> dict[tuple[str, str], int]:
+        return {(link["from"], link["to"]): link["out_bytes"] for link in self._wan.links()}
+
+    def run(self) -> None:
+        while not self._stopping.wait(0.004):
+            now = self._delivered()
+            if any(now[link] - before > DATA_BYTES for link, before in self._before.items()):
+                self.at = time.monotonic()
+                return
+
+    def stop(self) -> float | None:
+        self._stopping.set()
+        self.join()
+        return self.at
+
+
+def ideal_seconds(topology: Topology, side: Side) -> float:
+    """What the busiest link needs for the bytes that the pattern puts on it."""
+    sites = topology.sites
+    scatter, gather = (BITS[name] for name in wires_of(side.wire))
+    shares = side.start.get("shares") or [1 / len(sites)] * len(sites)
+    usable = (topology.mtu - HEADERS) / topology.mtu * 1e6
+    worst = 0.0
+    for (a, b), link in topology.links.items():
+        i, j = sites.index(a), sites.index(b)
+        if side.pattern.startswith("ring"):
+            order = side.start["order"]
+            follows = order[(order.index(i) + 1) % len(order)] == j
+            bits = (scatter + gather) * (len(sites) - 1) / len(sites) if follows else 0
+        else:
+            bits = scatter * shares[j] + gather * shares[i]
+        if link["rate_mbit"]:
+            worst = max(worst, bits * side.elements / (link["rate_mbit"] * usable))
+    return worst
+
+
+def wires_of(text: str) -> tuple[str, str]:
+    """ "int4+int8": sent as int4, gathered as int8."""
+    send, _, gather = text.partition("+")
+    for name in (send, gather or send):
+        if name not in BITS:
+            raise common.BenchmarkError(f"no wire {name!r}: choose of {', '.join(BITS)}")
+    return send, gather or send
+
+
+def pattern_of(text: str, sites: Sequence[str]) -> dict[str, Any]:
+    """Fields of a Start: "direct", "direct:0.5/0.3/0.2" (shares), "ring:acbd" (last letters of the sites)."""
+    kind, _, detail = text.partition(":")
+    if kind == "ring":
+        letters = [site[-1] for site in sites]
+        if sorted(detail) != sorted(letters):
+            raise common.BenchmarkError(f"{text!r} does not name every site once: {''.join(letters)}")
+        return {"pattern": "ring", "order": [letters.index(letter) for letter in detail]}
+    return {"shares": [float(each) for each in detail.split("/")]} if detail else {}
+
+
+def assemble(team: Team, arguments: argparse.Namespace) -> list[Side]:
+    """Opens groups for every congestion control and number of stripes, and their rows."""
+    sides = []
+    for cc in arguments.cc.split(","):
+        for stripes in arguments.stripes.split(","):
+            number = int(stripes) if stripes.isdecimal() else stripes
+            name = f"group-{cc}-{stripes}"
+            team.add_group(name, **known(stripes=number, chunk_bytes=arguments.chunk), congestion_control=cc)
+            base = Side(
+                f"group, stripes {stripes}", name, team.settle(name), arguments.size[0], repeat=arguments.repeat
+            )
+            sides += rows(base, arguments, [f"site-{host}" for host in "abcd"][: len(team.hosts)])
+        if arguments.gloo_repeat:
+            elements = (arguments.gloo_size or arguments.size)[0]
+            team.add_gloo(f"gloo-{cc}")
+            used = team.settle(f"gloo-{cc}", cc)
+            sides.append(Side("gloo", f"gloo-{cc}", used, elements, pattern="", repeat=arguments.gloo_repeat))
+    return sides
+
+
+def rows(base: Side, arguments: argparse.Namespace, sites: Sequence[str]) -> list[Side]:
+    """One for each pattern and wire."""
+    made = []
+    for pattern in arguments.patterns.split(","):
+        for wire in arguments.wires.split(","):
+            send, gather = wires_of(wire)
+            start = {"wire": send, **pattern_of(pattern, sites)}
+            if gather != send:
+                start["gather_wire"] = gather
+            made.append(replace(base, wire=wire, pattern=pattern, start=start))
+    return made
+
+
+def operate(team: Team, wan: Wan, side: Side) -> Result:
+    watch = FirstByte(wan)
+    watch.start()
+    try:
+        order = {"start": side.start} if side.start else {}
+        sample = team.operate(side.team_name, side.elements, **order)
+    finally:
+        first = watch.stop()
+    links = [link for answer in sample.answers for link in answer.get("links", ())]
+    return Result(
+        sample.seconds,
+        sample.ended - first if first else sample.seconds,
+        tuple(sorted({link["stripes"] for link in links})),
+        max(answer["threads"] for answer in sample.answers),
+        max(answer["error"] for answer in sample.answers),
+    )
+
+
+def measure(team: Team, wan: Wan, sides: list[Side], arguments: argparse.Namespace) -> list[list[Result]]:
+    """First the operations in which each side settles, in a row; then by turns, or in rows too if so ordered."""
+    results: list[list[Result]] = [[] for _ in sides]
+
+    def once(index: int) -> None:
+        result = operate(team, wan, sides[index])
+        results[index].append(result)
+        side = sides[index]
+        common.progress(f"{side.title} {side.cc} {side.wire} {side.pattern}: {result.seconds:.2f} s {result.stripes}")
+
+    counts = [side.repeat + (arguments.settle if side.pattern else 0) for side in sides]
+    for index, count in enumerate(counts):
+        for _ in range(count if arguments.order == "row" else count - sides[index].repeat):
+            once(index)
+    while waiting := [index for index, count in enumerate(counts) if len(results[index]) < count]:
+        for index in waiting:
+            once(index)
+    return results
+
+
+def fill(report: Report, topology: Topology, sides: list[Side], results: list[list[Result]]) -> None:
+    base: dict[str, float] = {}
+    for side, all_results in zip(sides, results, strict=True):
+        counted = all_results[-side.repeat :]
+        ideal = ideal_seconds(topology, side)
+        seconds, moving = [each.seconds for each in counted], [each.moving for each in counted]
+        middle = statistics.median(seconds)
+        base.setdefault(side.team_name + side.pattern, middle)
+        times = base[side.team_name + side.pattern] / middle
+        stripes = sorted({number for each in counted for number in each.stripes})
+        cells = (
+            side.title,
+            side.cc,
+            side.pattern or "its own ring",
+            side.wire,
+            common.mib(side.elements),
+            "/".join(map(str, stripes)) or "1",
+            str(max(each.threads for each in counted)),
+            common.spread(seconds, 1, 2),
+            f"{100 * ideal / middle:.0f} %",
+            common.spread(moving, 1, 2),
+            f"{100 * ideal / statistics.median(moving):.0f} %",
+            f"{times:.2f}",
+            f"{max(each.error for each in counted):.2g}",
+        )
+        report.add(cells, ideal=ideal, seconds=seconds, moving=moving, elements=side.elements, start=side.start)
+        ramp = " ".join(f"{each.seconds:.2f}/{'-'.join(map(str, each.stripes))}" for each in all_results)
+        report.notes.append(f"{side.title} {side.cc} {side.wire} {side.pattern}, seconds/stripes in order: {ramp}")
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("topology", help="lan3, wan3, lossy3, asym4, or a file")
+    parser.add_argument("--size", type=common.sizes, default=common.sizes("64"), help="MiB of float32")
+    parser.add_argument("--wires", default="f32", help="e.g. f32,int8,int4+int8")
+    parser.add_argument("--patterns", default="direct", help="e.g. direct,direct:0.5/0.25/0.25,ring:acb")
+    parser.add_argument("--cc", default="cubic", help="of both sides, e.g. cubic,bbr")
+    parser.add_argument("--stripes", default="2", help="per link, e.g. 2,8,16")
+    parser.add_argument("--chunk", type=int, metavar="BYTES", help="LinkOptions.chunk_bytes (default: ours)")
+    parser.add_argument("--settle", type=int, default=2, metavar="N", help="operations first that do not count")
+    parser.add_argument(
+        "--order", choices=("turns", "row"), default="turns", help="row: each side's operations in a row"
+    )
+    parser.add_argument("--gloo-size", type=common.sizes, metavar="MIB", help="where one connection is slow (same)")
+    parser.add_argument("--gloo-repeat", type=int, default=2, metavar="N", help="0: no gloo")
+    arguments = parser.parse_args()
+    with common.one_line_errors():
+        try:
+            run(arguments)
+        except WanError as error:
+            raise common.BenchmarkError(str(error)) from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    name = arguments.topology
+    topology = Topology.load(name if name.endswith(".json") else f"{name}.json")
+    columns = (
+        *("side", "cc", "pattern", "wire", "size", "stripes", "threads"),
+        *("s: median (min-max)", "share", "s from first data byte", "share", "x first wire", "error"),
+    )
+    with Wan(topology, f"bench{os.getpid()}", max_life=7200) as wan:
+        launches = [partial(launch_at, wan, site) for site in wan.sites]
+        with Team(launches, [wan.addr(site) for site in wan.sites], DEV) as team:
+            sides = assemble(team, arguments)
+            results = measure(team, wan, sides, arguments)
+        late = wan.status()["late_avg_us"]
+    report = Report("wan_allreduce", f"All-reduce on the emulated WAN {topology.name}", columns)
+    fill(report, topology, sides, results)
+    report.notes.append(f"the emulator handed packets over {late:.0f} us late on average")
+    common.publish(report, arguments)
+
+
+def launch_at(wan: Wan, site: str, command: list[str], options: dict[str, Any]) -> Any:
+    return wan.popen(site, command, **options)
+
+
+if __name__ == "__main__":
+    main()
