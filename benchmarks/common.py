@@ -187,15 +187,17 @@ class Team:
         self.ask_each(orders)
         self.ask(do="wait_for", name=name, count=len(self.workers))
 
+    def replace(self, index: int, name: str, coordinator: str, **options: Any) -> None:
+        """Another life of a worker that was killed or frozen, as a peer; returns once all see it."""
+        self.workers[index].kill()
+        self.workers[index] = self.hire(index)
+        host = self.hosts[index]
+        self.workers[index].ask(do="peer", name=name, host=host, coordinator=coordinator, options=options)
+        self.ask(do="wait_for", name=name, count=len(self.workers))
+
     def operate(self, name: str, elements: int, **order: Any) -> Sample:
         """One all-reduce of `elements` float32 on the side `name`; BenchmarkError unless every result is right."""
-        at = time.monotonic() + LEAD_TIME
-        answers = self.ask(do="run", name=name, elements=elements, at=at, **order)
-        wrong = [worker.name for worker, answer in zip(self.workers, answers, strict=True) if not answer["right"]]
-        if wrong:
-            raise BenchmarkError(f"{name}: wrong sum of {elements} elements on {', '.join(wrong)}: {answers}")
-        began, ended = (max(answer[which] for answer in answers) for which in ("began", "ended"))
-        return Sample(began, ended, answers)
+        return operate(self.workers, name, elements, **order)
 
     def settle(self, name: str, cc: str | None = None) -> str:
         """One small operation opens the sockets of a side; the next side must not be made before.
@@ -221,6 +223,24 @@ class Team:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def operate(workers: Sequence[Worker], name: str, elements: int, **order: Any) -> Sample:
+    """One all-reduce among these workers."""
+    at = time.monotonic() + LEAD_TIME
+    for worker in workers:
+        worker.tell(do="run", name=name, elements=elements, at=at, **order)
+    return gather(workers)
+
+
+def gather(workers: Sequence[Worker]) -> Sample:
+    """Their answers to one operation; BenchmarkError unless each has the right result."""
+    answers = [worker.hear() for worker in workers]
+    for worker, answer in zip(workers, answers, strict=True):
+        if not answer["right"]:
+            raise BenchmarkError(f"{worker.name} has a wrong result: {answer}")
+    began, ended = (max(answer[which] for answer in answers) for which in ("began", "ended"))
+    return Sample(began, ended, answers)
 
 
 def local_team(size: int) -> Team:

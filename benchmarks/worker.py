@@ -6,6 +6,8 @@ whole, so that every order of summing gives the same exact float32 sum, except w
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import inspect
 import json
 import os
@@ -77,7 +79,12 @@ def judge(result: torch.Tensor, names: tuple[str, ...], exact: bool) -> dict[str
 
 
 class Side(Protocol):
-    """Something that all-reduces. prepare() is not timed, run() is; check() is given what run() returned."""
+    """Something that all-reduces. prepare() is not timed, run() is; check() is given what run() returned.
+
+    allocates: whether run() itself makes the tensor for the result.
+    """
+
+    allocates: bool
 
     def prepare(self, elements: int, order: dict[str, Any]) -> None: ...
 
@@ -109,6 +116,8 @@ def tcp_connections(change: dict[int, str] | None = None) -> dict[int, str]:
 class Gloo:
     """In place, as gloo does it; the copy that this needs is made before the clock starts."""
 
+    allocates = False
+
     def __init__(self, order: dict[str, Any], names: tuple[str, ...]) -> None:
         if not dist.is_initialized():
             url = f"tcp://{order['host']}:{order['port']}"
@@ -131,6 +140,8 @@ class Gloo:
 
 class Bare:
     """A Group without membership: one Start after the other."""
+
+    allocates = False
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.group = Group(
@@ -196,6 +207,8 @@ class Bare:
 class Through:
     """peer.all_reduce, with propose and commit. May be told to kill or stop itself in the middle of an operation."""
 
+    allocates = True
+
     def __init__(self, order: dict[str, Any]) -> None:
         self._fatal: tuple[float, signal.Signals] | None = None
         self.peer = elastic.Peer(
@@ -219,7 +232,7 @@ class Through:
 
     def prepare(self, elements: int, order: dict[str, Any]) -> None:
         if "fatal" in order:
-            self._fatal = (order["fatal"][0], signal.Signals(order["fatal"][1]))
+            self._fatal = (order["fatal"][0], signal.Signals[order["fatal"][1]])
         self._elements, self._order = elements, order.get("start", {})
         self._exact = self._order.get("wire", "f32") in LOSSLESS
         source(NAME, elements, self._exact)
@@ -241,6 +254,19 @@ def peer_options(wanted: dict[str, Any]) -> dict[str, Any]:
     if "options" in inspect.signature(elastic.Peer).parameters:
         return {**given, "options": LinkOptions(**links)}
     return {**given, **{name: value for name, value in links.items() if name == "stripes"}}
+
+
+def forget_peak() -> int:
+    """Gives free memory back, begins a new peak of resident memory, and returns where it begins, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 # --- orders ---------------------------------------------------------------------------------------------------------
@@ -301,11 +327,14 @@ class Desk:
         side: Side = self._sides[order["name"]]
         side.prepare(order["elements"], order)
         time.sleep(max(0.0, order["at"] - time.monotonic()))
+        resident = forget_peak() if order.get("memory") else 0
         began = time.monotonic()
         outcome = side.run()
         ended = time.monotonic()
-        threads = threading.active_count()
-        return {"began": began, "ended": ended, "threads": threads, **side.check(outcome)}
+        answer = {"began": began, "ended": ended, "threads": threading.active_count()}
+        if resident:
+            answer["extra_bytes"] = status_bytes("VmHWM") - resident - 4 * order["elements"] * side.allocates
+        return {**answer, **side.check(outcome)}
 
 
 def serve(desk: Desk, lines: Sequence[str] | Any) -> None:
