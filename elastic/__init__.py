@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .outer.diloco import DiLoCo
     from .outer.engine import OuterLoop
     from .outer.optimizers import SGD, Nesterov
-    from .peer import Peer, PeerView, Reduced, Work
+    from .peer import Finished, Gathered, Peer, PeerView, Reduced, Scattered, Work
 
 if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).parents[1]:
     raise ImportError(
@@ -73,7 +73,7 @@ _HOMES = {
     "DiLoCo": "outer.diloco",
     "OuterLoop": "outer.engine",
     **dict.fromkeys(("SGD", "Nesterov"), "outer.optimizers"),
-    **dict.fromkeys(("Peer", "PeerView", "Reduced", "Work"), "peer"),
+    **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
 }
 
 __all__ = [
@@ -86,6 +86,8 @@ __all__ = [
     "DiLoCo",
     "ElasticError",
     "Evicted",
+    "Finished",
+    "Gathered",
     "JoinToken",
     "MembershipError",
     "Nesterov",
@@ -99,6 +101,7 @@ __all__ = [
     "RoundAborted",
     "RunPolicy",
     "SGD",
+    "Scattered",
     "StateError",
     "Timeouts",
     "TransferInterrupted",

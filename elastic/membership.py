@@ -72,6 +72,7 @@ from .shards import ShardTable
 
 KEPT_COMMITS = 8
 MAX_WEIGHT = 1e15  # sums of it stay finite, and nearly exact
+MAX_ELEMENTS = 1 << 48  # sums of it stay within a message's integers
 CUT_RETRY_SECONDS = 30.0
 
 
@@ -586,6 +587,10 @@ class Membership:
             reason = f"weight {message.weight} of peer {name} is not a number from 0 to {MAX_WEIGHT:.0e}"
             self._refuse(name, message, "ConfigurationError", reason, tag=message.tag, sequence=message.sequence)
             return False
+        if not 0 <= message.spec.elements <= MAX_ELEMENTS:
+            reason = f"there is no tensor of {message.spec.elements} elements on peer {name}"
+            self._refuse(name, message, "ConfigurationError", reason, tag=message.tag, sequence=message.sequence)
+            return False
         if message.base_version < 0 and message.tag not in self.loops:
             return True
         if message.base_version < 0 or (message.tag in self.operations and not self.operations[message.tag].outer):
@@ -615,7 +620,7 @@ class Membership:
 
     def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
         """Rule 10: names the first difference between what the run does and what the peer wants."""
-        for what in ("algorithm", "op", "dtype", "elements", "wire", "fingerprint"):
+        for what in rounds.compared(ours):
             if getattr(ours, what) != getattr(theirs, what):
                 values = f"{getattr(ours, what)!r} in the run, {getattr(theirs, what)!r} on peer {name}"
                 reason = f"{message.tag}: {what} differs: {values}"
@@ -658,7 +663,7 @@ class Membership:
     def _expected(self, operation: Operation, now: float) -> set[str]:
         awake = {name for name, state in self.members.items() if not state.silent}
         if not operation.outer:
-            return awake - self._absent.get(operation.tag, set())
+            return (awake - self._absent.get(operation.tag, set())) | (awake & {operation.spec.root})
         if now - operation.changed_at <= self.timeouts.grace:
             return {n for n in awake if operation.tag in self.members[n].trains or n in self._returning}
         # who is still behind cannot propose: fetching the state anew stops nobody
@@ -689,6 +694,9 @@ class Membership:
         if not giving:
             self._decide(operation, digest="", contributors=(), now=now)
             return
+        if operation.spec.root and operation.spec.root not in giving:
+            self._fail(operation, f"its root {operation.spec.root} is not there; there are: {', '.join(giving)}")
+            return
         cuts = [pair for pair in self.cuts if pair <= set(giving)]
         connected = rounds.largest_connected(giving, cuts)
         receivers = tuple(sorted(names - set(giving)))
@@ -710,9 +718,14 @@ class Membership:
         weights: dict[str, float],
         cuts: list[Pair],
     ) -> Start:
-        multipliers, divisor = rounds.scalars(operation.spec.op, (weights[name] for name in names))
+        spec = operation.spec
+        multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names))
+        given = tuple(operation.proposals[name].spec.elements for name in names)
+        elements, segments = rounds.extent(spec, given)
         shares = rounds.owners_shares(names, cuts)
         assert shares is not None, "largest_connected leaves an owner"
+        if spec.root:
+            shares = tuple(float(name == spec.root) for name in names)
         return Start(
             run=self.run,
             generation=self.generation,
@@ -726,10 +739,12 @@ class Membership:
             receivers=rounds.members_of(receivers, self._members()),
             sequences=tuple(operation.proposals[name].sequence for name in (*names, *receivers)),
             shares=shares,
-            op="sum",  # a mean is a sum whose weights travel as scalars
-            wire=operation.spec.wire,
-            dtype=operation.spec.dtype,
-            elements=operation.spec.elements,
+            segments=segments,
+            op=rounds.executed(spec),
+            wire=spec.wire,
+            gather_wire=spec.gather_wire,
+            dtype=spec.carried or spec.dtype,
+            elements=elements,
             multipliers=multipliers,
             divisor=divisor,
         )

@@ -39,12 +39,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperationSpec:
-    """What is reduced. Members of one operation must agree on every field, or ParityError names both values."""
+    """What is reduced or moved. Members of one operation must agree on every field, or ParityError names both values;
+    only the elements of an all-gather may differ.
+
+    algorithm: the call (all_reduce, reduce_scatter, broadcast, all_gather, barrier), or the outer loop and its options.
+    op: sum, mean, min, max; broadcast (from peer `root`), all_gather. gather_wire: "" for the same as wire.
+    dtype, shape: of the callers' tensors. carried: the dtype in which they travel; "" for the same.
+    """
 
     op: str
     dtype: str
     elements: int
     wire: str
+    gather_wire: str = ""
+    carried: str = ""
+    shape: str = ""
+    root: str = ""
     algorithm: str = ""
     fingerprint: str = ""
 

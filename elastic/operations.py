@@ -6,9 +6,11 @@ the group executes them, and whatever is unanswered is asked again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from collectives.records import Done, Failed, Identity, OperationRecord, Start
 
 from . import errors
-from .errors import CoordinatorUnavailable, ElasticError, NotEnoughPeers, RoundAborted
+from .errors import (
+    CollectiveError,
+    ConfigurationError,
+    CoordinatorUnavailable,
+    ElasticError,
+    NotEnoughPeers,
+    RoundAborted,
+)
 from .messages import (
     Base,
     Begin,
@@ -60,14 +69,31 @@ class Outcome:
 
     counted: the committed result holds this operation's numbers, and is in the buffer; a name alone does not say so,
     since another life may have had it.
+    start, result, record: of the attempt that this peer finished last, if any.
     base: set instead of a commit if the peer is so far behind that it must fetch the state anew.
     """
 
     commit: Commit | None
     counted: bool
     attempts: int
+    start: Start | None = None
+    result: torch.Tensor | None = None
     record: OperationRecord | None = None
     base: Base | None = None
+
+
+def gives(start: Start, name: str) -> bool:
+    """Whether this peer sends numbers of its own in the attempt: in a broadcast, only the root does."""
+    names = [member.name for member in start.contributors]
+    return name in names and (start.op != "broadcast" or start.shares[names.index(name)] > 0)
+
+
+def segment_of(start: Start, name: str) -> tuple[int, int]:
+    """Where this contributor's segment of the whole begins and ends; nowhere, for who is none."""
+    names = [member.name for member in start.contributors]
+    index = names.index(name) if name in names else len(names)
+    low = sum(start.segments[:index])
+    return low, low + sum(start.segments[index : index + 1])
 
 
 def refusal(refused: Refused, peer: str) -> ElasticError:
@@ -78,13 +104,15 @@ def refusal(refused: Refused, peer: str) -> ElasticError:
 
 
 class Operation:
-    """source: flat tensor of numbers, never written. result: flat tensor that holds the reduction once committed."""
+    """source: flat tensor of what this peer gives, never written. room: the flat tensor for an attempt's result, which
+    holds it once that is committed; asked for before each attempt, since its length may depend on who takes part.
+    """
 
     def __init__(
         self,
         proposal: Propose,
         source: torch.Tensor,
-        result: torch.Tensor,
+        room: Callable[[Start], torch.Tensor],
         *,
         name: str,
         inbox: Inbox,
@@ -93,20 +121,23 @@ class Operation:
         finished_round: int = -1,
         silent_for: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._proposal, self._source, self._result = proposal, source, result
+        self._proposal, self._source, self._room = proposal, source, room
         self._name, self._inbox, self._group, self._send = name, inbox, group, send
         self._finished_round, self._silent_for = finished_round, silent_for
         self._pending: Message = proposal
         self._done: Done | None = None
+        self._start: Start | None = None
+        self._result: torch.Tensor | None = None
         self._ended: Identity | None = None
         self._attempts = 0
+        self._arrived: deque[Any] = deque()
 
     def run(self, timeout: float) -> Outcome:
         """Waits for the commit, taking part in as many attempts as it needs. Obeys Ctrl-C.
 
         Raises RoundAborted if the round is given up, ParityError and the like if it is refused, NotEnoughPeers or
-        CoordinatorUnavailable after `timeout` seconds. In each case the source is untouched and the run goes on
-        without this contribution.
+        CoordinatorUnavailable after `timeout` seconds, CollectiveError or ConfigurationError if this peer itself cannot
+        execute what it is told. In each case the source is untouched and the run goes on without this contribution.
         """
         deadline = time.monotonic() + timeout
         self._send(self._pending)
@@ -120,6 +151,8 @@ class Operation:
             raise
 
     def _next(self, deadline: float) -> Any:
+        if self._arrived:
+            return self._arrived.popleft()
         while True:
             left = deadline - time.monotonic()
             try:
@@ -161,10 +194,12 @@ class Operation:
             self._send(self._pending)
             return
         self._attempts += 1
-        self._done = None
+        self._done, self._start, self._result = None, start, self._room(start)
         self._proposal = dataclasses.replace(self._proposal, round=start.round)
-        giving = any(member.name == self._name for member in start.contributors)
-        outcome = self._group.run(start, self._source if giving else None, self._result)
+        try:
+            outcome = self._group.run(start, self._source if gives(start, self._name) else None, self._result)
+        except ValueError as error:  # numbers that cannot travel, or an attempt that cannot be: nothing to try again
+            raise ConfigurationError(str(error), peer=self._name, round=start.round, epoch=start.epoch) from error
         if isinstance(outcome, Done):
             self._done = outcome
             self._pending = self._stamped(
@@ -173,6 +208,21 @@ class Operation:
             self._send(self._pending)
         else:
             self._end(start.identity, outcome)
+            self._check_own_fault(outcome)
+
+    def _check_own_fault(self, failed: Failed) -> None:
+        """No link was lost and nobody called the attempt off: then it would fail here again, and not for the others."""
+        if failed.lost:
+            return
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._arrived.append(self._inbox.get_nowait())
+        aborts = (message.abort.identity for message in self._arrived if isinstance(message, Cancel))
+        if failed.identity in aborts or any(isinstance(message, ElasticError) for message in self._arrived):
+            return
+        identity = failed.identity
+        reason = f"{identity.tag}: peer {self._name} could not take part in round {identity.round}: {failed.reason}"
+        raise CollectiveError(reason, peer=self._name, round=identity.round, epoch=identity.epoch)
 
     def _end(self, identity: Identity, failed: Failed) -> None:
         self._ended = identity
@@ -211,7 +261,7 @@ class Operation:
     def _judge(self, commit: Commit) -> Outcome:
         counted = self._name in commit.contributors and self.done_digest == commit.digest
         record = self._done.record if self._done else None
-        return Outcome(commit, counted, self._attempts, record)
+        return Outcome(commit, counted, self._attempts, self._start, self._result, record)
 
     @property
     def done_digest(self) -> str:

@@ -23,13 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from collectives import Group, GroupStatistics, LinkOptions
-from collectives.records import Member, Progress, Start
-from collectives.wires import WIRES
+from collectives.records import Member, OperationRecord, Progress, Start
 
 from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
 from .control import Control
@@ -73,14 +72,17 @@ from .messages import (
     Welcome,
     Withdraw,
 )
-from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal
+from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .shards import Layout, ShardReader
+from .tensors import Staged, Tensors, check_finite, check_weight, settle, stage, wires_of
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 KEPT_NOTES = 256
-OPS = ("sum", "mean")
+OPS = ("sum", "mean", "min", "max")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,46 @@ class PeerView:
         return tuple(member.name for member in self.members)
 
 
-@dataclass(frozen=True, slots=True)
-class Reduced:
-    """Result of an all-reduce. tensor: shape and dtype of the input; contributors: whose numbers are in it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What every collective says of itself.
 
-    tensor: torch.Tensor
+    contributors: whose part is in the result, sorted by name. round: its number under the tag. attempts: how many it
+    took. record: what the last of them cost on this peer.
+    """
+
     contributors: tuple[str, ...]
     round: int
     attempts: int
+    record: OperationRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduced(Finished):
+    """Result of an all-reduce or a broadcast, of the dtype and on the device of the input.
+
+    tensor: the shape of the input; of a list, all of it as one flat tensor. tensors: each in the shape of the input,
+    as views of `tensor`.
+    """
+
+    tensor: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scattered(Finished):
+    """Result of a reduce-scatter: this peer's segment, flat. start, stop: where in the flat whole it lies."""
+
+    tensor: torch.Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered(Finished):
+    """Result of an all-gather: tensors[i] is what contributors[i] gave."""
+
+    tensors: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,26 +153,26 @@ class PeerStatistics:
     group: GroupStatistics
 
 
-class Work:
-    """A running all-reduce. `wait` returns its result or raises what went wrong."""
+class Work(Generic[Result]):
+    """A running collective. `wait` returns its result or raises what went wrong."""
 
-    def __init__(self, call: Callable[[], Reduced]) -> None:
-        self._result: Reduced | None = None
+    def __init__(self, call: Callable[[], Result]) -> None:
+        self._result: Result | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(call,), name="elastic-all-reduce", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(call,), name="elastic-work", daemon=True)
         self._thread.start()
 
-    def _run(self, call: Callable[[], Reduced]) -> None:
+    def _run(self, call: Callable[[], Result]) -> None:
         try:
             self._result = call()
         except BaseException as error:
             self._error = error
 
-    def wait(self, timeout: float | None = None) -> Reduced:
+    def wait(self, timeout: float | None = None) -> Result:
         """Raises TimeoutError if it still runs after `timeout` seconds; it goes on, and can be waited for again."""
         self._thread.join(timeout)
         if self._thread.is_alive():
-            raise TimeoutError(f"the all-reduce is still running after {timeout} s")
+            raise TimeoutError(f"the operation is still running after {timeout} s")
         if self._error is not None:
             raise self._error
         assert self._result is not None
@@ -290,60 +324,187 @@ class Peer:
 
     def all_reduce(
         self,
-        tensor: torch.Tensor,
+        tensor: Tensors,
         *,
         op: str = "sum",
-        wire: str = "f32",
+        wire: str | None = None,
+        gather_wire: str | None = None,
         weight: float = 1.0,
         tag: str = "default",
         timeout: float | None = None,
     ) -> Reduced:
-        """Reduces `tensor` (any shape, float32, CPU) over the peers that call it under the same tag.
+        """Reduces `tensor` over the peers that call it under the same tag; the result is the same bytes on all of them.
 
-        op "sum", or "mean" weighted by `weight`. The result is a new tensor, the same bytes on every contributor; the
-        sum is formed in the order of the peers' names. A peer that dies meanwhile is left out: `contributors` says
-        whose numbers are in the result. Members that do not call are waited for `timeouts.grace` seconds once a quorum
-        has called, and then left out.
+        tensor: any shape, contiguous or not, on the CPU or a CUDA device; float32, float64, bfloat16, float16, int8,
+        uint8, int16, int32, int64. A list of tensors of one dtype goes as one operation.
+        op: "sum", "mean" (weighted by `weight`, floating point only), "min", "max". Sums of integers wrap around.
+        wire: how numbers travel; float32 and halves take "f32", "bf16", "f16", "int8", "int4", "e3m0" (by default the
+        tensor's own width), all else travels as it is. Halves are summed in float32 and rounded once.
+        gather_wire: how results travel back; by default as `wire`, but "int8" after "int4" and "e3m0". Results of lossy
+        wires are rounded; the same on all peers. If no peer can reach all others, they travel as f32 for once.
+        timeout: seconds to wait for the result, by default `timeouts.round`.
 
-        Raises RoundAborted (the round ended without this peer), ParityError (another shape, dtype, op or wire under
-        this tag), NotEnoughPeers, CoordinatorUnavailable, Evicted; `tensor` is untouched in any case.
+        Numbers are added in the order of the peers' names; on rings and trees, along those. A peer that dies meanwhile
+        is left out: `contributors` says whose numbers are in the result. Members that do not call are waited for
+        `timeouts.grace` seconds once a quorum has called, and then left out. Memory: one result; no copy of a
+        contiguous CPU tensor, one copy of anything else.
+
+        Raises ConfigurationError (an argument cannot be; NaN or infinity for a quantised wire), RoundAborted (the round
+        ended without this peer), ParityError (another shape, dtype, op or wire under this tag), CollectiveError,
+        NotEnoughPeers, CoordinatorUnavailable, Evicted; `tensor` is untouched in any case.
         """
-        return self._all_reduce(_flat(tensor, op, wire, weight), tensor.shape, op, wire, weight, tag, timeout)
+        staged, spec, weight = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight)
+        return self._all_reduce(staged, staged.flat, spec, weight, tag, timeout)
 
     def all_reduce_async(
         self,
-        tensor: torch.Tensor,
+        tensor: Tensors,
         *,
         op: str = "sum",
-        wire: str = "f32",
+        wire: str | None = None,
+        gather_wire: str | None = None,
         weight: float = 1.0,
         tag: str = "default",
         timeout: float | None = None,
         donate: bool = False,
-    ) -> Work:
+    ) -> Work[Reduced]:
         """As `all_reduce`, in the background. A snapshot is taken first unless `donate`: then leave `tensor` alone."""
-        flat = _flat(tensor, op, wire, weight)
-        source = flat if donate else flat.clone()
-        shape = tensor.shape
-        return Work(lambda: self._all_reduce(source, shape, op, wire, weight, tag, timeout))
+        staged, spec, weight = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight)
+        source = staged.flat if donate else staged.snapshot()
+
+        def reduce() -> Reduced:
+            reduced = self._all_reduce(staged, source, spec, weight, tag, timeout)
+            settle(staged.device)
+            return reduced
+
+        return Work(reduce)
+
+    def reduce_scatter(
+        self,
+        tensor: Tensors,
+        *,
+        op: str = "sum",
+        wire: str | None = None,
+        weight: float = 1.0,
+        tag: str = "default",
+        timeout: float | None = None,
+    ) -> Scattered:
+        """Reduces as `all_reduce` does, and gives each contributor one segment of the flat result.
+
+        op: "sum" or "mean". The segments follow the order of the contributors' names and differ in length by one at the
+        most; who is lost has none, so the bounds are known only afterwards: `start`, `stop`. Nobody holds the whole:
+        after a commit, the segment of a peer that died is gone with it. Errors: as for `all_reduce`.
+        """
+        if op not in ("sum", "mean"):
+            raise ConfigurationError(f"op {op!r} is not one of sum, mean, the operations of a reduce-scatter")
+        staged, spec, weight = self._reduction("reduce_scatter", tensor, op, wire, None, weight)
+        finished, start, flat = self._collect(staged, staged.flat, spec, weight, tag, timeout, _own_segment(self.name))
+        low, high = segment_of(start, self.name)
+        return Scattered(**finished, tensor=staged.like(flat), start=low, stop=high)
+
+    def broadcast(self, tensor: Tensors, *, root: str, tag: str = "default", timeout: float | None = None) -> Reduced:
+        """The tensor of peer `root`, bit for bit, on every peer that calls this under the same tag.
+
+        tensor: as for `all_reduce`, bool too; on the others it only says shape and dtype, which must be the root's.
+        If the root does not call, leaves or dies before all others have its tensor, everybody sees RoundAborted: there
+        is nobody to take its place. Other errors: as for `all_reduce`.
+        """
+        staged = stage(tensor, reduced=False)
+        spec = self._spec("broadcast", "broadcast", staged, "raw", root=check_name("root", root))
+        return self._all_reduce(staged, staged.flat, spec, 1.0, tag, timeout)
+
+    def all_gather(self, tensor: torch.Tensor, *, tag: str = "default", timeout: float | None = None) -> Gathered:
+        """The tensors of all peers that call this under the same tag, bit for bit, on each of them.
+
+        tensor: as for `broadcast`; its first dimension may differ from peer to peer. Who dies meanwhile is left out.
+        Errors: as for `all_reduce`.
+        """
+        staged = stage(tensor, reduced=False)
+        trailing = tuple(tensor.shape[1:])
+        spec = self._spec("all_gather", "all_gather", staged, "raw", shape=f"{tensor.dim()}-d, rows {trailing}")
+        finished, start, flat = self._collect(staged, staged.flat, spec, 1.0, tag, timeout, lambda s: s.elements)
+        parts = torch.split(staged.like(flat), list(start.segments))
+        return Gathered(**finished, tensors=tuple(_rows(part, tensor.dim(), trailing) for part in parts))
+
+    def barrier(self, *, tag: str = "default", timeout: float | None = None) -> Finished:
+        """Returns when every member has called this under the same tag, or is left out as in `all_reduce`.
+
+        `contributors` says who met. Errors: as for `all_reduce`.
+        """
+        staged, spec, weight = self._reduction("barrier", torch.empty(0), "sum", None, None, 1.0)
+        finished, _, _ = self._collect(staged, staged.flat, spec, weight, tag, timeout, lambda start: start.elements)
+        return Finished(**finished)
+
+    def _reduction(
+        self,
+        algorithm: str,
+        tensor: Tensors,
+        op: str,
+        wire: str | None,
+        gather_wire: str | None,
+        weight: float,
+    ) -> tuple[Staged, OperationSpec, float]:
+        if op not in OPS:
+            raise ConfigurationError(f"op {op!r} is not one of {', '.join(OPS)}")
+        staged = stage(tensor, reduced=True)
+        weight = check_weight(op, weight, staged.dtype)
+        wire, gather_wire = wires_of(staged, wire, gather_wire)
+        return staged, self._spec(algorithm, op, staged, wire, gather_wire=gather_wire), weight
+
+    def _spec(self, algorithm: str, op: str, staged: Staged, wire: str, **fields: str) -> OperationSpec:
+        fields.setdefault("shape", staged.shape)
+        dtype, carried = (str(each).removeprefix("torch.") for each in (staged.dtype, staged.flat.dtype))
+        elements = staged.flat.numel()
+        return OperationSpec(
+            algorithm=algorithm, op=op, dtype=dtype, carried=carried, elements=elements, wire=wire, **fields
+        )
 
     def _all_reduce(
         self,
+        staged: Staged,
         source: torch.Tensor,
-        shape: torch.Size,
-        op: str,
-        wire: str,
+        spec: OperationSpec,
         weight: float,
         tag: str,
         timeout: float | None,
     ) -> Reduced:
-        spec = OperationSpec(op=op, dtype="float32", elements=source.numel(), wire=wire, algorithm="all_reduce")
-        result = torch.empty_like(source)
+        finished, _, flat = self._collect(staged, source, spec, weight, tag, timeout, lambda start: start.elements)
+        flat = staged.like(flat)
+        tensors = staged.pieces(flat)
+        return Reduced(**finished, tensor=tensors[0] if staged.single else flat, tensors=tensors)
+
+    def _collect(
+        self,
+        staged: Staged,
+        source: torch.Tensor,
+        spec: OperationSpec,
+        weight: float,
+        tag: str,
+        timeout: float | None,
+        length: Callable[[Start], int],
+    ) -> tuple[dict[str, Any], Start, torch.Tensor]:
+        """One operation from the proposal to its commit: the fields of `Finished`, the last orders, the flat result."""
+        rooms: dict[int, torch.Tensor] = {}
+
+        def room(start: Start) -> torch.Tensor:
+            elements = length(start)
+            if elements not in rooms:
+                rooms.clear()
+                rooms[elements] = staged.buffer(elements)
+            return rooms[elements]
+
         with self.inbox(tag) as inbox:
-            propose = self.proposal(tag, spec, weight=float(weight))
-            outcome = self.operation(propose, source, result, inbox).run(timeout or self.timeouts.round)
+            proposal = self.proposal(tag, spec, weight=weight)
+            outcome = self.operation(proposal, source, room, inbox).run(timeout or self.timeouts.round)
         commit = self._settle(tag, outcome)
-        return Reduced(result.view(shape), commit.contributors, commit.round, outcome.attempts)
+        assert outcome.start is not None and outcome.result is not None, "a counted operation has a result"
+        finished = {
+            "contributors": commit.contributors,
+            "round": commit.round,
+            "attempts": outcome.attempts,
+            "record": outcome.record,
+        }
+        return finished, outcome.start, outcome.result
 
     def _settle(self, tag: str, outcome: Outcome) -> Commit:
         commit = outcome.commit
@@ -480,12 +641,15 @@ class Peer:
             run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
         )
 
-    def operation(self, proposal: Propose, source: torch.Tensor, result: torch.Tensor, inbox: Inbox) -> Operation:
-        """One proposal on its way to a commit. See `Operation.run`."""
+    def operation(
+        self, proposal: Propose, source: torch.Tensor, room: Callable[[Start], torch.Tensor], inbox: Inbox
+    ) -> Operation:
+        """One proposal on its way to a commit; see `Operation`. ConfigurationError for numbers that cannot travel."""
+        check_finite(source, proposal.spec.wire, self.name)
         return Operation(
             proposal,
             source,
-            result,
+            room,
             name=self.name,
             inbox=inbox,
             group=self.group,
@@ -635,8 +799,6 @@ class Peer:
             self.send(self._join_message())  # a delta was missed: ask for the whole view
 
     def _deliver(self, message: Any) -> None:
-        if isinstance(message, Cancel):
-            self.group.abort(message.abort)
         tag = message.start.tag if isinstance(message, Begin) else None
         tag = message.abort.tag if isinstance(message, Cancel) else tag or message.tag
         inbox = self._inboxes.get(tag)
@@ -644,6 +806,8 @@ class Peer:
             inbox.put(message)
         elif isinstance(message, Begin):  # nobody waits here any more, and the others should not have to wait for it
             self.decline(message.start)
+        if isinstance(message, Cancel):  # after it is in the inbox: who sees its attempt fail finds there why
+            self.group.abort(message.abort)
         if isinstance(message, Commit):  # last: who sees that the run is finished finds the commit in its inbox
             self._progressed(message.progress)
 
@@ -808,15 +972,16 @@ def _group(
         raise ConfigurationError(str(error)) from None
 
 
-def _flat(tensor: torch.Tensor, op: str, wire: str, weight: float) -> torch.Tensor:
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
-        raise ConfigurationError(f"all_reduce takes float32 CPU tensors, not {tensor.dtype} on {tensor.device}")
-    if wire not in WIRES:
-        raise ConfigurationError(f"wire {wire!r} is not one of {', '.join(WIRES)}")
-    if op not in OPS:
-        raise ConfigurationError(f"op {op!r} is not one of {', '.join(OPS)}")
-    if not (math.isfinite(weight) and weight > 0):
-        raise ConfigurationError(f"weight is {weight}: it must be a finite number above 0")
-    if op == "sum" and weight != 1.0:
-        raise ConfigurationError("weights belong to op='mean'; a sum takes none")
-    return tensor.detach().reshape(-1)
+def _own_segment(name: str) -> Callable[[Start], int]:
+    def length(start: Start) -> int:
+        low, high = segment_of(start, name)
+        return high - low
+
+    return length
+
+
+def _rows(part: torch.Tensor, dimensions: int, trailing: tuple[int, ...]) -> torch.Tensor:
+    """A flat part in the shape that its giver had."""
+    size = math.prod(trailing)
+    rows = (part.numel() // size if size else 0,) if dimensions else ()
+    return part.view(*rows, *trailing)

@@ -91,11 +91,34 @@ def float32(value: float) -> float:
 def scalars(op: str, weights: Iterable[float]) -> tuple[tuple[float, ...], float]:
     """Multipliers and divisor of a reduction. Equal weights give exactly 1.0 each, so that the sum stays exact."""
     weights = tuple(weights)
-    if op == "sum":
+    if op != "mean":
         return (1.0,) * len(weights), 1.0
     heaviest = max(weights)
     multipliers = tuple(float32(weight / heaviest) for weight in weights)
     return multipliers, float32(sum(multipliers))
+
+
+def compared(spec: OperationSpec) -> tuple[str, ...]:
+    """The fields of a spec in which all members of its operation must agree."""
+    fields = ("algorithm", "op", "root", "dtype", "elements", "shape", "wire", "gather_wire", "carried", "fingerprint")
+    return tuple(field for field in fields if not (field == "elements" and spec.op == "all_gather"))
+
+
+def executed(spec: OperationSpec) -> str:
+    """What the data plane is told to do. A mean is a sum whose weights travel as scalars."""
+    if spec.algorithm == "reduce_scatter":
+        return "reduce_scatter"
+    return "sum" if spec.op == "mean" else spec.op
+
+
+def extent(spec: OperationSpec, given: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Elements of the whole, and who owns how many of them where that must be exact; given: what each one offers."""
+    if spec.op == "all_gather":
+        return sum(given), given
+    if spec.algorithm != "reduce_scatter":
+        return spec.elements, ()
+    even, more = divmod(spec.elements, len(given))
+    return spec.elements, tuple(even + (index < more) for index in range(len(given)))
 
 
 def owners_shares(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[float, ...] | None:

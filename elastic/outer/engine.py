@@ -34,6 +34,7 @@ from ..messages import (
     Refused,
 )
 from ..operations import Inbox, Outcome, refusal
+from ..tensors import check_wire, gathered_in
 from .optimizers import OuterOptimizer
 from .state import Layout, Version
 
@@ -106,7 +107,8 @@ class OuterLoop:
             op="mean",
             dtype="float32",
             elements=self.layout.elements,
-            wire=wire,
+            wire=check_wire(wire),
+            gather_wire=gathered_in(wire),
             algorithm=f"{self.algorithm}({outer.description})",
             fingerprint=self.layout.fingerprint,
         )
@@ -257,7 +259,7 @@ class OuterLoop:
             base_version=self.version.number,
             base_hash=self.version.state_hash,
         )
-        operation = self.peer.operation(proposal, source, result, self._inbox)
+        operation = self.peer.operation(proposal, source, lambda _: result, self._inbox)
         try:
             outcome = operation.run(self.timeout or self.peer.timeouts.round)
         except RoundAborted:

@@ -26,6 +26,7 @@ from elastic.messages import (
     Join,
     LeaseRequest,
     Leases,
+    OperationSpec,
     PeerStatus,
     Propose,
     Refused,
@@ -366,6 +367,71 @@ def test_a_withdrawn_late_proposal_does_not_enter_the_next_round() -> None:
     world.act(peers["c"], "give_up", OUTER)
     talk(world)
     assert not world.membership.operations[OUTER].late  # type: ignore[union-attr]
+
+
+# --- other operations ------------------------------------------------------------------------------------------------
+
+BROADCAST = OperationSpec(op="broadcast", dtype="int64", elements=8, wire="raw", root="b", algorithm="broadcast")
+GATHER = OperationSpec(op="all_gather", dtype="int64", elements=8, wire="raw", algorithm="all_gather")
+
+
+def offer(world: World, peer: SimPeer, spec: OperationSpec, sequence: int = 1) -> list[Any]:
+    return tell(world, peer, Propose, tag="t", sequence=sequence, weight=1.0, cursors={}, spec=spec)
+
+
+def test_a_broadcast_goes_out_from_its_root() -> None:
+    world, peers = training()
+    for peer in peers.values():
+        answers = offer(world, peer, BROADCAST)
+    (begin,) = answers
+    assert begin.start.op == "broadcast" and begin.start.shares == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("root", ["b", "stranger"])
+def test_a_broadcast_whose_root_does_not_come_fails_after_the_grace_and_says_who_is_missing(root: str) -> None:
+    world, peers = training()
+    spec = replace(BROADCAST, root=root)
+    for name in "ac":
+        offer(world, peers[name], spec)
+    for _ in range(2):  # the second time, b is known to be absent, and waited for all the same
+        wait(world, int(TIMES.grace) - 1, *peers.values())
+        assert not events(world, "round.failed")
+        wait(world, 1, *peers.values())
+        (failed,) = events(world, "round.failed")
+        assert failed["reason"] == f"its root {root} is not there; there are: a, c"
+        if root != "b":
+            return
+        world.events.clear()
+        for name in "ac":
+            offer(world, peers[name], spec, sequence=2)
+
+
+def test_a_broadcast_whose_root_dies_is_over() -> None:
+    world, peers = training()
+    for peer in peers.values():
+        offer(world, peer, BROADCAST)
+    world.die(peers["b"])
+    world.prove(peers["b"])
+    for name in "ac":
+        tell(world, peers[name], FailedReport, tag="t", round=0, attempt=0, reason="aborted")
+    assert events(world, "round.failed")[0]["reason"] == "its root b is not there; there are: a, c"
+
+
+def test_what_is_gathered_may_differ_in_length_and_in_nothing_else() -> None:
+    world, peers = training()
+    for name, elements in zip("ab", (3, 0), strict=True):
+        offer(world, peers[name], replace(GATHER, elements=elements))
+    (refused,) = offer(world, peers["c"], replace(GATHER, dtype="int8"))
+    assert refused.error == "ParityError" and "'int8' on peer c" in refused.reason
+    (begin,) = offer(world, peers["c"], replace(GATHER, elements=5), sequence=2)
+    assert begin.start.segments == (3, 0, 5) and begin.start.elements == 8
+
+
+@pytest.mark.parametrize("elements", [-1, 1 << 60])
+def test_an_impossible_length_is_refused(elements: int) -> None:
+    world, peers = training("a")
+    (answer,) = offer(world, peers["a"], replace(GATHER, elements=elements))
+    assert answer.error == "ConfigurationError" and not world.membership.operations  # type: ignore[union-attr]
 
 
 # --- joining, founding, state ---------------------------------------------------------------------------------------

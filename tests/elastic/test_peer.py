@@ -15,8 +15,10 @@ import pytest
 import torch
 from harness import QUICK, Run, until
 
+from collectives.records import Failed, Start
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import (
+    CollectiveError,
     ConfigurationError,
     CoordinatorUnavailable,
     Evicted,
@@ -69,6 +71,24 @@ def test_a_tensor_that_is_not_contiguous(run: Run) -> None:
     assert torch.equal(results[0].tensor, 2 * matrix.t())
 
 
+def test_a_list_goes_as_one_operation_and_comes_back_as_views(run: Run) -> None:
+    peers = run.several(2)
+    given = [torch.arange(6.0).reshape(2, 3).t(), torch.tensor(1.0), torch.ones(70_000)]
+    for result in run.together(lambda peer: peer.all_reduce(given), peers):
+        assert [torch.equal(got, 2 * tensor) for got, tensor in zip(result.tensors, given, strict=True)] == [True] * 3
+        assert result.tensor.shape == (70_007,) and result.round == 0 and result.record is not None
+        assert all(got.untyped_storage().data_ptr() == result.tensor.data_ptr() for got in result.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_summed_in_float32_and_rounded_once(run: Run, dtype: torch.dtype) -> None:
+    peers = run.several(3)
+    inputs = [torch.randn(1000, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    exact = ((inputs[0].float() + inputs[1].float()) + inputs[2].float()).to(dtype)
+    for result in run.together(lambda peer: peer.all_reduce(inputs[number_of(peer)]), peers):
+        assert result.tensor.dtype is dtype and torch.equal(result.tensor, exact)
+
+
 def test_operations_under_several_tags_do_not_mix(run: Run) -> None:
     peers = run.several(3)
 
@@ -92,6 +112,20 @@ def test_an_async_operation_takes_a_snapshot(run: Run) -> None:
 def test_a_peer_alone_reduces_with_itself(run: Run) -> None:
     peer = run.join("p0")
     assert torch.equal(peer.all_reduce(torch.ones(10), op="mean").tensor, torch.ones(10))
+
+
+def test_a_barrier_is_passed_by_all_at_once(run: Run) -> None:
+    run.policy = RunPolicy(quorum=1.0)
+    peers = run.several(3)
+    early = [threading.Thread(target=peer.barrier, daemon=True) for peer in peers[:2]]
+    for thread in early:
+        thread.start()
+    operations = run.coordinator._membership.operations
+    until(lambda: any(len(operation.proposals) == 2 for operation in list(operations.values())))
+    assert all(thread.is_alive() for thread in early)
+    assert peers[2].barrier().contributors == ("p0", "p1", "p2")
+    for thread in early:
+        thread.join()
 
 
 # --- who is in --------------------------------------------------------------------------------------------------------
@@ -134,6 +168,10 @@ def test_another_shape_under_the_same_tag_is_refused_with_both_values(run: Run) 
     until(lambda: any(len(operation.proposals) == 2 for operation in list(operations.values())))
     with pytest.raises(ParityError, match="elements differs: 4 in the run, 5 on peer p2"):
         peers[2].all_reduce(torch.ones(5))
+    with pytest.raises(ParityError, match=r"shape differs: '\(4,\)' in the run, '\(2, 2\)' on peer p2"):
+        peers[2].all_reduce(torch.ones(2, 2))
+    with pytest.raises(ParityError, match="algorithm differs: 'all_reduce' in the run, 'barrier' on peer p2"):
+        peers[2].barrier()
     peers[2].all_reduce(torch.ones(4))
     assert all(torch.equal(each.wait(60).tensor, torch.full((4,), 3.0)) for each in work)
 
@@ -201,14 +239,55 @@ def test_the_late_commit_of_an_operation_that_was_given_up_is_not_the_next_ones(
         assert torch.equal(work.wait(60).tensor, torch.full((4,), 10.0))
 
 
+# --- a peer's own trouble ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", [ValueError("sum of inf"), Failed(identity=None, reason="sum of inf")])  # type: ignore[arg-type]
+def test_who_cannot_take_part_says_so_and_the_others_go_on(run: Run, trouble: Any) -> None:
+    peers = run.several(3)
+
+    def unable(start: Start, source: object, result: object) -> Failed:
+        if isinstance(trouble, ValueError):
+            raise trouble
+        return dataclasses.replace(trouble, identity=start.identity)
+
+    peers[1].group.run = unable  # type: ignore[method-assign, assignment]
+    works = [peer.all_reduce_async(torch.ones(4)) for peer in peers]
+    with pytest.raises((ConfigurationError, CollectiveError), match="sum of inf") as error:
+        works[1].wait(60)
+    assert error.value.peer == "p1"
+    for work in (works[0], works[2]):
+        result = work.wait(60)
+        assert (
+            result.contributors == ("p0", "p2")
+            and result.attempts == 2
+            and torch.equal(result.tensor, torch.ones(4) * 2)
+        )
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda peer: peer.all_reduce(torch.ones(2, dtype=torch.int64)), "float32 CPU"),
-        (lambda peer: peer.all_reduce(torch.ones(2), op="median"), "'median' is not one of sum, mean"),
+        (
+            lambda peer: peer.all_reduce(torch.ones(2, dtype=torch.int64), op="mean"),
+            r"tensor.double\(\), or use op='sum'",
+        ),
+        (lambda peer: peer.all_reduce(torch.ones(2, dtype=torch.bool)), "convert them to one of float32, float64"),
+        (lambda peer: peer.all_reduce(torch.ones(2, dtype=torch.complex64)), "torch.view_as_real"),
+        (lambda peer: peer.all_reduce(torch.ones(2, device="meta")), "CPU or CUDA device"),
+        (lambda peer: peer.all_reduce([]), "at least one tensor"),
+        (
+            lambda peer: peer.all_reduce([torch.ones(2), torch.ones(2).double()]),
+            "one dtype, this one has torch.float32, ",
+        ),
+        (lambda peer: peer.all_reduce(torch.ones(2), op="median"), "'median' is not one of sum, mean, min, max"),
+        (lambda peer: peer.reduce_scatter(torch.ones(2), op="max"), "'max' is not one of sum, mean"),
+        (lambda peer: peer.broadcast(torch.ones(2), root="no name"), "root 'no name' is not a name"),
+        (lambda peer: peer.all_reduce(torch.ones(2).long(), wire="f32"), "'f32' is not one of raw"),
+        (lambda peer: peer.all_reduce(torch.ones(2), gather_wire="raw"), "'raw' is not one of f32, "),
         (lambda peer: peer.all_reduce(torch.ones(2), op="mean", weight=-1), "above 0"),
         (lambda peer: peer.all_reduce(torch.ones(2), weight=2.0), "weights belong to op='mean'"),
         (lambda peer: peer.all_reduce(torch.ones(2), wire="f31"), "wire 'f31'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,9 +47,26 @@ def test_scalars_are_float32_and_weigh_in_proportion(weights: list[float]) -> No
         assert abs(multiplier - weight / max(weights)) < 1e-7
 
 
+def test_only_the_lengths_of_an_all_gather_may_differ() -> None:
+    spec = OperationSpec(op="sum", dtype="float32", elements=7, wire="f32", algorithm="all_reduce")
+    assert set(rounds.compared(spec)) == set(OperationSpec.__dataclass_fields__)
+    gather = replace(spec, op="all_gather", algorithm="all_gather")
+    assert set(rounds.compared(spec)) - set(rounds.compared(gather)) == {"elements"}
+
+
+def test_what_each_one_owns_where_that_must_be_exact() -> None:
+    spec = OperationSpec(op="mean", dtype="float32", elements=7, wire="f32", algorithm="all_reduce")
+    assert rounds.executed(spec) == "sum" and rounds.extent(spec, (7, 7, 7)) == (7, ())
+    scatter = replace(spec, algorithm="reduce_scatter")
+    assert rounds.executed(scatter) == "reduce_scatter" and rounds.extent(scatter, (7, 7, 7)) == (7, (3, 2, 2))
+    gather = replace(spec, op="all_gather")
+    assert rounds.executed(gather) == "all_gather" and rounds.extent(gather, (7, 0, 9)) == (16, (7, 0, 9))
+
+
 def test_equal_weights_and_sums_stay_exact() -> None:
     assert rounds.scalars("mean", [7.0] * 3) == ((1.0, 1.0, 1.0), 3.0)
-    assert rounds.scalars("sum", [1.0, 5.0]) == ((1.0, 1.0), 1.0)
+    for op in ("sum", "max", "broadcast"):
+        assert rounds.scalars(op, [1.0, 5.0]) == ((1.0, 1.0), 1.0)
 
 
 @fixed
