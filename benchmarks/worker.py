@@ -33,6 +33,9 @@ LOSSLESS = ("f32",)
 
 NAME = sys.argv[1] if __name__ == "__main__" else ""
 
+# What the last operation left behind (its result, until nobody reads it any more) is gone after so long.
+SWEEP_SECONDS = 1.5
+
 torch.set_num_threads(1)
 
 
@@ -81,10 +84,11 @@ def judge(result: torch.Tensor, names: tuple[str, ...], exact: bool) -> dict[str
 class Side(Protocol):
     """Something that all-reduces. prepare() is not timed, run() is; check() is given what run() returned.
 
-    allocates: whether run() itself makes the tensor for the result.
+    allocates: whether run() itself makes the tensor for the result. exact: whether the sum must be.
     """
 
     allocates: bool
+    exact: bool
 
     def prepare(self, elements: int, order: dict[str, Any]) -> None: ...
 
@@ -117,6 +121,7 @@ class Gloo:
     """In place, as gloo does it; the copy that this needs is made before the clock starts."""
 
     allocates = False
+    exact = True
 
     def __init__(self, order: dict[str, Any], names: tuple[str, ...]) -> None:
         if not dist.is_initialized():
@@ -155,7 +160,7 @@ class Bare:
         self._tag = order["name"]
         self._round = 0
         self._result = torch.empty(0)
-        self._exact = True
+        self.exact = True
         self._start: Start | None = None
 
     def meet(self, members: list[dict[str, Any]]) -> None:
@@ -169,8 +174,8 @@ class Bare:
         self._result.fill_(float("nan"))
         count = len(self._members)
         start = {"wire": "f32", **order.get("start", {})}
-        self._exact = {start["wire"], start.get("gather_wire", "") or start["wire"]} <= set(LOSSLESS)
-        source(NAME, elements, self._exact)
+        self.exact = {start["wire"], start.get("gather_wire", "") or start["wire"]} <= set(LOSSLESS)
+        source(NAME, elements, self.exact)
         shares = tuple(start.pop("shares", (1 / count,) * count))
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in start.items()
@@ -194,13 +199,13 @@ class Bare:
 
     def run(self) -> Any:
         assert self._start is not None
-        return self.group.run(self._start, source(NAME, self._start.elements, self._exact), self._result)
+        return self.group.run(self._start, source(NAME, self._start.elements, self.exact), self._result)
 
     def check(self, outcome: Any) -> dict[str, Any]:
         if not isinstance(outcome, Done):
             return {"right": False, "outcome": str(outcome)}
         links = [asdict(link) for link in outcome.record.links]
-        verdict = judge(self._result, tuple(member.name for member in self._members), self._exact)
+        verdict = judge(self._result, tuple(member.name for member in self._members), self.exact)
         return {**verdict, "links": links, "record": {**asdict(outcome.record), "links": []}}
 
 
@@ -222,7 +227,7 @@ class Through:
         self._tag = order["name"]
         self._order: dict[str, Any] = {}
         self._elements = 0
-        self._exact = True
+        self.exact = True
 
     def _observe(self, progress: Progress) -> None:
         if self._fatal and progress.chunks_received >= self._fatal[0] * progress.chunks_expected:
@@ -234,14 +239,14 @@ class Through:
         if "fatal" in order:
             self._fatal = (order["fatal"][0], signal.Signals[order["fatal"][1]])
         self._elements, self._order = elements, order.get("start", {})
-        self._exact = self._order.get("wire", "f32") in LOSSLESS
-        source(NAME, elements, self._exact)
+        self.exact = self._order.get("wire", "f32") in LOSSLESS
+        source(NAME, elements, self.exact)
 
     def run(self) -> elastic.Reduced:
-        return self.peer.all_reduce(source(NAME, self._elements, self._exact), tag=self._tag, **self._order)
+        return self.peer.all_reduce(source(NAME, self._elements, self.exact), tag=self._tag, **self._order)
 
     def check(self, outcome: elastic.Reduced) -> dict[str, Any]:
-        verdict = judge(outcome.tensor, outcome.contributors, self._exact)
+        verdict = judge(outcome.tensor, outcome.contributors, self.exact)
         return {**verdict, "contributors": outcome.contributors, "attempts": outcome.attempts}
 
 
@@ -258,6 +263,7 @@ def peer_options(wanted: dict[str, Any]) -> dict[str, Any]:
 
 def forget_peak() -> int:
     """Gives free memory back, begins a new peak of resident memory, and returns where it begins, in bytes."""
+    time.sleep(SWEEP_SECONDS)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -277,6 +283,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._sides: dict[str, Any] = {}
+        self._resident = 0
         self._sockets: dict[str, set[int]] = {}
         self._others: set[int] = set()
         self._coordinator: elastic.Coordinator | None = None
@@ -327,13 +334,17 @@ class Desk:
         side: Side = self._sides[order["name"]]
         side.prepare(order["elements"], order)
         time.sleep(max(0.0, order["at"] - time.monotonic()))
-        resident = forget_peak() if order.get("memory") else 0
+        if order.get("memory"):
+            judge(torch.zeros(order["elements"]), tuple(order["names"]), side.exact)  # what checking keeps is there now
+            resident = forget_peak()
+            self._resident = self._resident or resident
         began = time.monotonic()
         outcome = side.run()
         ended = time.monotonic()
-        answer = {"began": began, "ended": ended, "threads": threading.active_count()}
-        if resident:
-            answer["extra_bytes"] = status_bytes("VmHWM") - resident - 4 * order["elements"] * side.allocates
+        answer: dict[str, Any] = {"began": began, "ended": ended, "threads": threading.active_count()}
+        if order.get("memory"):
+            room = self._resident + 4 * order["elements"] * side.allocates
+            answer |= {"extra_bytes": status_bytes("VmHWM") - room, "idle_bytes": resident - self._resident}
         return {**answer, **side.check(outcome)}
 
 

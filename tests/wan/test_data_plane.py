@@ -149,9 +149,9 @@ def test_a_cut_is_found_under_load_and_the_retry_avoids_the_pair(wan3: Wan) -> N
 
 
 def test_a_path_that_becomes_slow_is_not_cut_off(wan3: Wan) -> None:
-    seen = At(0.5)
+    seen = At(0.4)
     with groups(wan3, seen) as made:
-        start = make_start([group.member for group in made], 16 * MIB)
+        start = make_start([group.member for group in made], 8 * MIB)
         given = sources(made, start.elements)
         running = Running(wan3, made, start, given)
         assert seen.reached.wait(60)
