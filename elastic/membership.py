@@ -15,9 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from collectives import topology
 from collectives.records import Abort, LinkFailure, Member, Start
+from collectives.topology import Plan
 
-from . import rounds
+from . import planning, rounds
 from .config import RunPolicy, Timeouts
 from .journal import (
     Admitted,
@@ -67,6 +69,7 @@ from .messages import (
     Welcome,
     Withdraw,
 )
+from .planning import Routes
 from .rounds import Operation, Pair, Phase
 from .shards import ShardTable
 
@@ -151,6 +154,8 @@ class Membership:
         self.commits: dict[str, deque[Commit]] = {}
         self.last_contributors: tuple[str, ...] = ()
         self.cuts: dict[Pair, float] = {}
+        self.routes = Routes()
+        self._told: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._link_breaks: dict[Pair, int] = {}
         self._rounds: dict[str, int] = {}
         self._attempts: dict[str, tuple[int, int]] = {}
@@ -204,6 +209,7 @@ class Membership:
                 self._release(name)
         self._returning = {name: until for name, until in self._returning.items() if now <= until}
         self._drop_old_cuts(now)
+        self.routes.refresh(now)
         return self._take()
 
     def _renew_after_gap(self, now: float) -> None:
@@ -278,6 +284,7 @@ class Membership:
         if state is None:
             return
         self._returning.pop(name, None)
+        self.routes.forget(name)
         self._record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
         self._send_to(name, state.member.incarnation, self._stamp(Expelled, reason=reason))
         self._broadcast(self._stamp(View, removed=(name,), reason=reason))
@@ -328,6 +335,7 @@ class Membership:
         match message:
             case Heartbeat():
                 self.members[name].status = message.status
+                self.routes.learn(name, message.status.links, self.members)
                 self._send(name, self._stamp(Pong, progress=self.progress))
             case Propose():
                 self._propose(name, message, now)
@@ -551,7 +559,7 @@ class Membership:
             self._replace(operation, name, message, now)
             return
         elif operation.phase is Phase.RUNNING and operation.start and name in _names(operation.start):
-            self._send(name, self._stamp(Begin, start=operation.start))
+            self._send_begin(name, operation)
         self._consider(operation, now)
 
     def _replace(self, operation: Operation, name: str, message: Propose, now: float) -> None:
@@ -697,36 +705,37 @@ class Membership:
         if operation.spec.root and operation.spec.root not in giving:
             self._fail(operation, f"its root {operation.spec.root} is not there; there are: {', '.join(giving)}")
             return
-        cuts = [pair for pair in self.cuts if pair <= set(giving)]
-        connected = rounds.largest_connected(giving, cuts)
+        plan = self._plan(operation, giving)
         receivers = tuple(sorted(names - set(giving)))
         operation.attempt += 1
         self._attempts[operation.tag] = (operation.round, operation.attempt)
-        operation.start = self._start(operation, connected, receivers, weights, cuts)
-        operation.lost.extend(name for name in giving if name not in connected)
+        self._order(operation, plan, receivers, weights)
+        operation.lost.extend(name for name in giving if name not in plan.names)
         operation.phase, operation.changed_at = Phase.RUNNING, now
         operation.done, operation.answered, operation.failures = {}, set(), {}
-        for name in (*connected, *receivers):
-            self._send(name, self._stamp(Begin, start=operation.start))
-        self._emit_start(operation, connected)
+        for name in (*plan.names, *receivers):
+            self._send_begin(name, operation)
+        self._emit_start(operation, plan.names)
 
-    def _start(
-        self,
-        operation: Operation,
-        names: tuple[str, ...],
-        receivers: tuple[str, ...],
-        weights: dict[str, float],
-        cuts: list[Pair],
-    ) -> Start:
-        spec = operation.spec
-        multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names))
+    def _plan(self, operation: Operation, giving: tuple[str, ...]) -> Plan:
+        """The way that this attempt goes; told when it is another than the last time."""
+        cuts = {*self.cuts, *topology.cannot_meet(rounds.members_of(giving, self._members()))}
+        plan = self.routes.find(operation.spec, giving, cuts)
+        kind = (operation.spec.algorithm, operation.spec.wire, operation.spec.elements.bit_length())
+        told = planning.described(plan)
+        if self._told.pop(kind, {}) != told:
+            self._emit("plan.changed", tag=operation.tag, **(told or {"pattern": "direct", "shares": "equal"}))
+        if told:
+            self._told[kind] = told
+        return plan
+
+    def _order(self, operation: Operation, plan: Plan, receivers: tuple[str, ...], weights: dict[str, float]) -> None:
+        """Writes the orders for the attempt that begins."""
+        spec, names = operation.spec, plan.names
         given = tuple(operation.proposals[name].spec.elements for name in names)
-        elements, segments = rounds.extent(spec, given)
-        shares = rounds.owners_shares(names, cuts)
-        assert shares is not None, "largest_connected leaves an owner"
-        if spec.root:
-            shares = tuple(float(name == spec.root) for name in names)
-        return Start(
+        fields, operation.segments = planning.orders(spec, plan, given)
+        multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names))
+        operation.start = Start(
             run=self.run,
             generation=self.generation,
             epoch=self.epoch,
@@ -738,16 +747,14 @@ class Membership:
             contributors=rounds.members_of(names, self._members()),
             receivers=rounds.members_of(receivers, self._members()),
             sequences=tuple(operation.proposals[name].sequence for name in (*names, *receivers)),
-            shares=shares,
-            segments=segments,
-            op=rounds.executed(spec),
-            wire=spec.wire,
-            gather_wire=spec.gather_wire,
-            dtype=spec.carried or spec.dtype,
-            elements=elements,
+            chunk_bytes=self.routes.chunk_bytes(names),
             multipliers=multipliers,
             divisor=divisor,
+            **fields,
         )
+
+    def _send_begin(self, name: str, operation: Operation) -> None:
+        self._send(name, self._stamp(Begin, start=operation.start, segments=operation.segments))
 
     def _emit_start(self, operation: Operation, names: tuple[str, ...]) -> None:
         if operation.outer:

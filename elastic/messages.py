@@ -71,6 +71,17 @@ class CommitNote:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReport:
+    """One link as its peer measures it now. goodput: bytes/s sent while busy; rtt: seconds; 0.0: not known yet."""
+
+    peer: str
+    goodput: float = 0.0
+    rtt: float = 0.0
+    retransmits: int = 0
+    stripes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
     """How a peer is doing; rides on its heartbeats. Seconds and bytes; loss is NaN until there is one."""
 
@@ -80,6 +91,7 @@ class PeerStatus:
     tokens_per_second: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
+    links: tuple[LinkReport, ...] = ()
 
 
 # --- from peers -----------------------------------------------------------------------------------------------------
@@ -266,9 +278,10 @@ class Open(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin(Message):
-    """Carries a Start to its members."""
+    """Carries a Start to its members. segments: of an all-gather or reduce-scatter, how long each contributor's is."""
 
     start: Start
+    segments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

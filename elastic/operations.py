@@ -69,14 +69,14 @@ class Outcome:
 
     counted: the committed result holds this operation's numbers, and is in the buffer; a name alone does not say so,
     since another life may have had it.
-    start, result, record: of the attempt that this peer finished last, if any.
+    begin, result, record: of the attempt that this peer finished last, if any.
     base: set instead of a commit if the peer is so far behind that it must fetch the state anew.
     """
 
     commit: Commit | None
     counted: bool
     attempts: int
-    start: Start | None = None
+    begin: Begin | None = None
     result: torch.Tensor | None = None
     record: OperationRecord | None = None
     base: Base | None = None
@@ -88,12 +88,12 @@ def gives(start: Start, name: str) -> bool:
     return name in names and (start.op != "broadcast" or start.shares[names.index(name)] > 0)
 
 
-def segment_of(start: Start, name: str) -> tuple[int, int]:
+def segment_of(begin: Begin, name: str) -> tuple[int, int]:
     """Where this contributor's segment of the whole begins and ends; nowhere, for who is none."""
-    names = [member.name for member in start.contributors]
+    names = [member.name for member in begin.start.contributors]
     index = names.index(name) if name in names else len(names)
-    low = sum(start.segments[:index])
-    return low, low + sum(start.segments[index : index + 1])
+    low = sum(begin.segments[:index])
+    return low, low + sum(begin.segments[index : index + 1])
 
 
 def refusal(refused: Refused, peer: str) -> ElasticError:
@@ -104,15 +104,14 @@ def refusal(refused: Refused, peer: str) -> ElasticError:
 
 
 class Operation:
-    """source: flat tensor of what this peer gives, never written. room: the flat tensor for an attempt's result, which
-    holds it once that is committed; asked for before each attempt, since its length may depend on who takes part.
+    """buffers: for an attempt, a flat tensor of what this peer gives, never written, and one for the result, which
+    holds it once that is committed. Their length may depend on who takes part.
     """
 
     def __init__(
         self,
         proposal: Propose,
-        source: torch.Tensor,
-        room: Callable[[Start], torch.Tensor],
+        buffers: Callable[[Begin], tuple[torch.Tensor, torch.Tensor]],
         *,
         name: str,
         inbox: Inbox,
@@ -121,12 +120,12 @@ class Operation:
         finished_round: int = -1,
         silent_for: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._proposal, self._source, self._room = proposal, source, room
+        self._proposal, self._buffers = proposal, buffers
         self._name, self._inbox, self._group, self._send = name, inbox, group, send
         self._finished_round, self._silent_for = finished_round, silent_for
         self._pending: Message = proposal
         self._done: Done | None = None
-        self._start: Start | None = None
+        self._begin: Begin | None = None
         self._result: torch.Tensor | None = None
         self._ended: Identity | None = None
         self._attempts = 0
@@ -170,7 +169,7 @@ class Operation:
     def _handle(self, message: Any) -> Outcome | None:
         match message:
             case Begin() if message.start.round > self._finished_round:
-                self._attempt(message.start)
+                self._attempt(message)
             case Cancel() if message.abort.round > self._finished_round:
                 self._acknowledge(message.abort)
             case Commit() if message.round > self._finished_round:
@@ -187,17 +186,19 @@ class Operation:
                 raise message
         return None
 
-    def _attempt(self, start: Start) -> None:
+    def _attempt(self, begin: Begin) -> None:
+        start = begin.start
         if start.sequence_of(self._name) not in (-1, self._proposal.sequence):
             return  # it takes a proposal that was withdrawn, and is about to be aborted for that
         if self._done is not None and self._done.identity == start.identity:
             self._send(self._pending)
             return
         self._attempts += 1
-        self._done, self._start, self._result = None, start, self._room(start)
+        source, result = self._buffers(begin)
+        self._done, self._begin, self._result = None, begin, result
         self._proposal = dataclasses.replace(self._proposal, round=start.round)
         try:
-            outcome = self._group.run(start, self._source if gives(start, self._name) else None, self._result)
+            outcome = self._group.run(start, source if gives(start, self._name) else None, result)
         except ValueError as error:  # numbers that cannot travel, or an attempt that cannot be: nothing to try again
             raise ConfigurationError(str(error), peer=self._name, round=start.round, epoch=start.epoch) from error
         if isinstance(outcome, Done):
@@ -261,7 +262,7 @@ class Operation:
     def _judge(self, commit: Commit) -> Outcome:
         counted = self._name in commit.contributors and self.done_digest == commit.digest
         record = self._done.record if self._done else None
-        return Outcome(commit, counted, self._attempts, self._start, self._result, record)
+        return Outcome(commit, counted, self._attempts, self._begin, self._result, record)
 
     @property
     def done_digest(self) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
-from collectives import Group, GroupStatistics, LinkOptions
+from collectives import Group, GroupStatistics, LinkOptions, LinkStatistics
 from collectives.records import Member, OperationRecord, Progress, Start
 
 from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
@@ -58,6 +58,7 @@ from .messages import (
     Leases,
     Leave,
     LinkLost,
+    LinkReport,
     Message,
     Open,
     OperationSpec,
@@ -74,7 +75,7 @@ from .messages import (
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .shards import Layout, ShardReader
-from .tensors import Staged, Tensors, check_finite, check_weight, settle, stage, wires_of
+from .tensors import Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -83,6 +84,7 @@ KEPT_NOTES = 256
 OPS = ("sum", "mean", "min", "max")
 
 Result = TypeVar("Result")
+Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,24 @@ class Work(Generic[Result]):
 
     def done(self) -> bool:
         return not self._thread.is_alive()
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call of a collective. The room for its result is kept from one attempt to the next, if its length fits."""
+
+    staged: Staged
+    spec: OperationSpec
+    weight: float
+    tag: str
+    timeout: float | None
+    _room: torch.Tensor | None = None
+
+    def room(self, elements: int) -> torch.Tensor:
+        if self._room is None or self._room.numel() != elements:
+            self._room = None  # let go of it before there is another
+            self._room = self.staged.buffer(elements)
+        return self._room
 
 
 class Peer:
@@ -353,8 +373,8 @@ class Peer:
         ended without this peer), ParityError (another shape, dtype, op or wire under this tag), CollectiveError,
         NotEnoughPeers, CoordinatorUnavailable, Evicted; `tensor` is untouched in any case.
         """
-        staged, spec, weight = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight)
-        return self._all_reduce(staged, staged.flat, spec, weight, tag, timeout)
+        call = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight, tag, timeout)
+        return self._all_reduce(call, call.staged.flat)
 
     def all_reduce_async(
         self,
@@ -369,12 +389,12 @@ class Peer:
         donate: bool = False,
     ) -> Work[Reduced]:
         """As `all_reduce`, in the background. A snapshot is taken first unless `donate`: then leave `tensor` alone."""
-        staged, spec, weight = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight)
-        source = staged.flat if donate else staged.snapshot()
+        call = self._reduction("all_reduce", tensor, op, wire, gather_wire, weight, tag, timeout)
+        source = call.staged.flat if donate else call.staged.snapshot()
 
         def reduce() -> Reduced:
-            reduced = self._all_reduce(staged, source, spec, weight, tag, timeout)
-            settle(staged.device)
+            reduced = self._all_reduce(call, source)
+            settle(call.staged.device)
             return reduced
 
         return Work(reduce)
@@ -397,10 +417,17 @@ class Peer:
         """
         if op not in ("sum", "mean"):
             raise ConfigurationError(f"op {op!r} is not one of sum, mean, the operations of a reduce-scatter")
-        staged, spec, weight = self._reduction("reduce_scatter", tensor, op, wire, None, weight)
-        finished, start, flat = self._collect(staged, staged.flat, spec, weight, tag, timeout, _own_segment(self.name))
-        low, high = segment_of(start, self.name)
-        return Scattered(**finished, tensor=staged.like(flat), start=low, stop=high)
+        call = self._reduction("reduce_scatter", tensor, op, wire, None, weight, tag, timeout)
+
+        def buffers(begin: Begin) -> Buffers:
+            low, high = segment_of(begin, self.name)
+            whole = begin.start.op != "reduce_scatter"
+            return call.staged.flat, call.room(begin.start.elements if whole else high - low)
+
+        finished, begin, flat = self._collect(call, buffers)
+        low, high = segment_of(begin, self.name)
+        flat = flat[low:high] if begin.start.op != "reduce_scatter" else flat
+        return Scattered(**finished, tensor=call.staged.like(flat), start=low, stop=high)
 
     def broadcast(self, tensor: Tensors, *, root: str, tag: str = "default", timeout: float | None = None) -> Reduced:
         """The tensor of peer `root`, bit for bit, on every peer that calls this under the same tag.
@@ -410,8 +437,8 @@ class Peer:
         is nobody to take its place. Other errors: as for `all_reduce`.
         """
         staged = stage(tensor, reduced=False)
-        spec = self._spec("broadcast", "broadcast", staged, "raw", root=check_name("root", root))
-        return self._all_reduce(staged, staged.flat, spec, 1.0, tag, timeout)
+        spec = spec_of("broadcast", "broadcast", staged, "raw", root=check_name("root", root))
+        return self._all_reduce(_Call(staged, spec, 1.0, tag, timeout), staged.flat)
 
     def all_gather(self, tensor: torch.Tensor, *, tag: str = "default", timeout: float | None = None) -> Gathered:
         """The tensors of all peers that call this under the same tag, bit for bit, on each of them.
@@ -421,9 +448,20 @@ class Peer:
         """
         staged = stage(tensor, reduced=False)
         trailing = tuple(tensor.shape[1:])
-        spec = self._spec("all_gather", "all_gather", staged, "raw", shape=f"{tensor.dim()}-d, rows {trailing}")
-        finished, start, flat = self._collect(staged, staged.flat, spec, 1.0, tag, timeout, lambda s: s.elements)
-        parts = torch.split(staged.like(flat), list(start.segments))
+        spec = spec_of("all_gather", "all_gather", staged, "raw", shape=f"{tensor.dim()}-d, rows {trailing}")
+        call = _Call(staged, spec, 1.0, tag, timeout)
+
+        def buffers(begin: Begin) -> Buffers:
+            whole = call.room(begin.start.elements)
+            if begin.start.op == "all_gather":
+                return staged.flat, whole
+            low, high = segment_of(begin, self.name)
+            among_zeros = torch.zeros_like(whole)
+            among_zeros[low:high] = staged.flat
+            return among_zeros, whole
+
+        finished, begin, flat = self._collect(call, buffers)
+        parts = torch.split(staged.like(flat), list(begin.segments))
         return Gathered(**finished, tensors=tuple(_rows(part, tensor.dim(), trailing) for part in parts))
 
     def barrier(self, *, tag: str = "default", timeout: float | None = None) -> Finished:
@@ -431,8 +469,8 @@ class Peer:
 
         `contributors` says who met. Errors: as for `all_reduce`.
         """
-        staged, spec, weight = self._reduction("barrier", torch.empty(0), "sum", None, None, 1.0)
-        finished, _, _ = self._collect(staged, staged.flat, spec, weight, tag, timeout, lambda start: start.elements)
+        call = self._reduction("barrier", torch.empty(0), "sum", None, None, 1.0, tag, timeout)
+        finished, _, _ = self._collect(call, lambda _: (call.staged.flat, call.room(0)))
         return Finished(**finished)
 
     def _reduction(
@@ -443,68 +481,37 @@ class Peer:
         wire: str | None,
         gather_wire: str | None,
         weight: float,
-    ) -> tuple[Staged, OperationSpec, float]:
+        tag: str,
+        timeout: float | None,
+    ) -> _Call:
         if op not in OPS:
             raise ConfigurationError(f"op {op!r} is not one of {', '.join(OPS)}")
         staged = stage(tensor, reduced=True)
         weight = check_weight(op, weight, staged.dtype)
         wire, gather_wire = wires_of(staged, wire, gather_wire)
-        return staged, self._spec(algorithm, op, staged, wire, gather_wire=gather_wire), weight
+        check_finite(staged.flat, wire, self.name)
+        return _Call(staged, spec_of(algorithm, op, staged, wire, gather_wire=gather_wire), weight, tag, timeout)
 
-    def _spec(self, algorithm: str, op: str, staged: Staged, wire: str, **fields: str) -> OperationSpec:
-        fields.setdefault("shape", staged.shape)
-        dtype, carried = (str(each).removeprefix("torch.") for each in (staged.dtype, staged.flat.dtype))
-        elements = staged.flat.numel()
-        return OperationSpec(
-            algorithm=algorithm, op=op, dtype=dtype, carried=carried, elements=elements, wire=wire, **fields
-        )
+    def _all_reduce(self, call: _Call, source: torch.Tensor) -> Reduced:
+        finished, _, flat = self._collect(call, lambda begin: (source, call.room(begin.start.elements)))
+        flat = call.staged.like(flat)
+        tensors = call.staged.pieces(flat)
+        return Reduced(**finished, tensor=tensors[0] if call.staged.single else flat, tensors=tensors)
 
-    def _all_reduce(
-        self,
-        staged: Staged,
-        source: torch.Tensor,
-        spec: OperationSpec,
-        weight: float,
-        tag: str,
-        timeout: float | None,
-    ) -> Reduced:
-        finished, _, flat = self._collect(staged, source, spec, weight, tag, timeout, lambda start: start.elements)
-        flat = staged.like(flat)
-        tensors = staged.pieces(flat)
-        return Reduced(**finished, tensor=tensors[0] if staged.single else flat, tensors=tensors)
-
-    def _collect(
-        self,
-        staged: Staged,
-        source: torch.Tensor,
-        spec: OperationSpec,
-        weight: float,
-        tag: str,
-        timeout: float | None,
-        length: Callable[[Start], int],
-    ) -> tuple[dict[str, Any], Start, torch.Tensor]:
+    def _collect(self, call: _Call, buffers: Callable[[Begin], Buffers]) -> tuple[dict[str, Any], Begin, torch.Tensor]:
         """One operation from the proposal to its commit: the fields of `Finished`, the last orders, the flat result."""
-        rooms: dict[int, torch.Tensor] = {}
-
-        def room(start: Start) -> torch.Tensor:
-            elements = length(start)
-            if elements not in rooms:
-                rooms.clear()
-                rooms[elements] = staged.buffer(elements)
-            return rooms[elements]
-
-        with self.inbox(tag) as inbox:
-            proposal = self.proposal(tag, spec, weight=weight)
-            outcome = self.operation(proposal, source, room, inbox).run(timeout or self.timeouts.round)
-        commit = self._settle(tag, outcome)
-        assert outcome.start is not None and outcome.result is not None, "a counted operation has a result"
+        with self.inbox(call.tag) as inbox:
+            proposal = self.proposal(call.tag, call.spec, weight=call.weight)
+            outcome = self.operation(proposal, buffers, inbox).run(call.timeout or self.timeouts.round)
+        commit = self._settle(call.tag, outcome)
+        assert outcome.begin is not None and outcome.result is not None, "what is counted has a result"
         finished = {
             "contributors": commit.contributors,
             "round": commit.round,
             "attempts": outcome.attempts,
             "record": outcome.record,
         }
-        return finished, outcome.start, outcome.result
+        return finished, outcome.begin, outcome.result
 
     def _settle(self, tag: str, outcome: Outcome) -> Commit:
         commit = outcome.commit
@@ -641,15 +648,11 @@ class Peer:
             run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
         )
 
-    def operation(
-        self, proposal: Propose, source: torch.Tensor, room: Callable[[Start], torch.Tensor], inbox: Inbox
-    ) -> Operation:
-        """One proposal on its way to a commit; see `Operation`. ConfigurationError for numbers that cannot travel."""
-        check_finite(source, proposal.spec.wire, self.name)
+    def operation(self, proposal: Propose, buffers: Callable[[Begin], Buffers], inbox: Inbox) -> Operation:
+        """One proposal on its way to a commit; see `Operation`."""
         return Operation(
             proposal,
-            source,
-            room,
+            buffers,
             name=self.name,
             inbox=inbox,
             group=self.group,
@@ -723,6 +726,7 @@ class Peer:
             self._status,
             bytes_sent=carried.bytes_sent + carried.bytes_served,
             bytes_received=carried.bytes_received,
+            links=tuple(_measured(link) for link in carried.links if link.state == "up"),
         )
         return Heartbeat(
             run=self.run,
@@ -891,6 +895,16 @@ def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence
     control.close()
 
 
+def _measured(link: LinkStatistics) -> LinkReport:
+    return LinkReport(
+        peer=link.peer,
+        goodput=float(getattr(link, "goodput", 0.0)),
+        rtt=float(getattr(link, "rtt", 0.0)),
+        retransmits=int(getattr(link, "retransmits", 0)),
+        stripes=link.stripes,
+    )
+
+
 def _next_of(inbox: Inbox, answer: type[Message], sequence: int, seconds: float) -> Any:
     """The next message that answers or refuses; None after `seconds`. Others are dropped: they are asked for again."""
     deadline = time.monotonic() + seconds
@@ -970,14 +984,6 @@ def _group(
         raise ConfigurationError(f"cannot listen on {listen}: {error.strerror or error}; choose another port") from None
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-
-
-def _own_segment(name: str) -> Callable[[Start], int]:
-    def length(start: Start) -> int:
-        low, high = segment_of(start, name)
-        return high - low
-
-    return length
 
 
 def _rows(part: torch.Tensor, dimensions: int, trailing: tuple[int, ...]) -> torch.Tensor:

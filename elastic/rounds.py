@@ -7,7 +7,7 @@ or is lost before the next begins. `Operation` is the account; what to do next i
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -48,6 +48,7 @@ class Operation:
     opened_at: float | None = None
     changed_at: float = 0.0
     start: Start | None = None
+    segments: tuple[int, ...] = ()
     done: dict[str, str] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
     failures: dict[str, tuple[LinkFailure, ...]] = field(default_factory=dict)
@@ -119,26 +120,6 @@ def extent(spec: OperationSpec, given: tuple[int, ...]) -> tuple[int, tuple[int,
         return spec.elements, ()
     even, more = divmod(spec.elements, len(given))
     return spec.elements, tuple(even + (index < more) for index in range(len(given)))
-
-
-def owners_shares(names: tuple[str, ...], cuts: Iterable[Pair]) -> tuple[float, ...] | None:
-    """Equal shares for the contributors that can talk to all others, 0 for the rest; None if there is none such.
-
-    In the direct pattern numbers move only to and from owners: so a cut pair needs no link as long as neither owns.
-    """
-    cut_off = {name for pair in cuts if pair <= set(names) for name in pair}
-    owners = [name for name in names if name not in cut_off]
-    return tuple(1.0 / len(owners) if name in owners else 0.0 for name in names) if owners else None
-
-
-def largest_connected(names: tuple[str, ...], cuts: Collection[Pair]) -> tuple[str, ...]:
-    """The most contributors among which a direct exchange works: some owner must be able to talk to all of them.
-
-    Keeps the peer with the fewest cut pairs (the first name among equals) and all that it can talk to.
-    """
-    apart = {name: {other for other in names if frozenset((name, other)) in cuts} for name in names}
-    owner = min(names, key=lambda name: (len(apart[name]), name))
-    return tuple(name for name in names if name not in apart[owner])
 
 
 def lasting_cuts(

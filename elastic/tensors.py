@@ -18,6 +18,7 @@ import xxhash
 from collectives.wires import WIRES
 
 from .errors import ConfigurationError
+from .messages import OperationSpec
 
 QUANTISED = ("int8", "int4", "e3m0")
 _REDUCED = {
@@ -156,6 +157,16 @@ def wires_of(staged: Staged, wire: str | None, gather_wire: str | None) -> tuple
             raise ConfigurationError(f"wire {each!r} is not one of {', '.join(known)}, the wires of {staged.dtype}")
     wire = wire or own
     return wire, gather_wire or gathered_in(wire)
+
+
+def spec_of(algorithm: str, op: str, staged: Staged, wire: str, **fields: str) -> OperationSpec:
+    """What this call wants, for comparison with what the others want."""
+    fields.setdefault("shape", staged.shape)
+    dtype, carried = (str(each).removeprefix("torch.") for each in (staged.dtype, staged.flat.dtype))
+    elements = staged.flat.numel()
+    return OperationSpec(
+        algorithm=algorithm, op=op, dtype=dtype, carried=carried, elements=elements, wire=wire, **fields
+    )
 
 
 def gathered_in(wire: str) -> str:

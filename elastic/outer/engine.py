@@ -34,7 +34,7 @@ from ..messages import (
     Refused,
 )
 from ..operations import Inbox, Outcome, refusal
-from ..tensors import check_wire, gathered_in
+from ..tensors import check_finite, check_wire, gathered_in
 from .optimizers import OuterOptimizer
 from .state import Layout, Version
 
@@ -250,6 +250,7 @@ class OuterLoop:
         assert self._inbox is not None
         self.peer.report(state="exchanging")
         source = self.contribution(self.version, self.layout.read())
+        check_finite(source, self.wire, self.peer.name)
         result = torch.empty_like(source)
         proposal = self.peer.proposal(
             self.tag,
@@ -259,7 +260,7 @@ class OuterLoop:
             base_version=self.version.number,
             base_hash=self.version.state_hash,
         )
-        operation = self.peer.operation(proposal, source, lambda _: result, self._inbox)
+        operation = self.peer.operation(proposal, lambda _: (source, result), self._inbox)
         try:
             outcome = operation.run(self.timeout or self.peer.timeouts.round)
         except RoundAborted:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 
 from hypothesis import strategies as st
-from simulation import KEPT, OUTER, PLAIN, SimPeer, World
+from simulation import GATHER, KEPT, OUTER, SPREAD, SimPeer, World
 
 NAMES = "abcde"
 Action = Callable[[World, SimPeer, int], object]
@@ -15,6 +16,11 @@ def _cut(world: World, peer: SimPeer, number: int) -> None:
     other = NAMES[number % len(NAMES)]
     if other != peer.name:
         world.cuts ^= {frozenset((peer.name, other))}
+
+
+def _path(world: World, peer: SimPeer, number: int) -> None:
+    """Each can talk to its neighbours only."""
+    world.cuts = {frozenset(pair) for pair in combinations(NAMES, 2) if abs(ord(pair[0]) - ord(pair[1])) > 1}
 
 
 def _hop(world: World, peer: SimPeer, number: int) -> None:
@@ -27,8 +33,8 @@ def _everybody(world: World, peer: SimPeer, number: int) -> None:
     for each in list(world.peers.values()):
         _hop(world, each, number)
     for each in list(world.peers.values()):
-        world.exchange(each, OUTER)
-        world.exchange(each, PLAIN)
+        for tag in each.slots:
+            world.exchange(each, tag)
         world.transfer(each)
 
 
@@ -61,6 +67,8 @@ ACTIONS: dict[str, Action] = {
     "train": _train,
     "propose": lambda w, p, n: w.act(p, "propose"),
     "reduce": lambda w, p, n: w.act(p, "reduce"),
+    "collect": lambda w, p, n: [w.act(each, "reduce", (SPREAD, GATHER)[n % 2]) for each in list(w.peers.values())],
+    "measure": lambda w, p, n: w.act(p, "measure", n),
     "say": lambda w, p, n: w.act(p, "ask_again"),
     "up": lambda w, p, n: w.deliver_up(p, 1 + n % 3),
     "down": lambda w, p, n: w.deliver_down(p, 1 + n % 3),
@@ -78,7 +86,9 @@ ACTIONS: dict[str, Action] = {
     "freeze": _freeze,
     "stuck": _get_stuck,
     "cut": _cut,
-    "give up": lambda w, p, n: w.act(p, "give_up", (OUTER, PLAIN)[n % 2]),
+    "path": _path,
+    "measure all": lambda w, p, n: [w.act(each, "measure", 1) for each in list(w.peers.values())],
+    "give up": lambda w, p, n: w.act(p, "give_up", list(p.slots)[n % len(p.slots)]),
     "leave": lambda w, p, n: w.act(p, "leave"),
     "kill coordinator": lambda w, p, n: w.kill_coordinator(n % 4),
     "restart": _restart,
@@ -86,15 +96,15 @@ ACTIONS: dict[str, Action] = {
 }
 COMMON = [
     *("train", "train", "train", "reduce", "hop", "hop", "hop", "up", "down", "exchange", "exchange", "exchange"),
-    *("everybody", "everybody", "turn", "tick", "tick", "say", "transfer", "life"),
+    *("collect", "measure all", "path", "everybody", "everybody", "turn", "tick", "tick", "say", "transfer", "life"),
 ]
 
 schedules = st.lists(st.tuples(st.sampled_from([*ACTIONS, *COMMON]), st.integers(0, 19)), min_size=20, max_size=90)
 
 
-def play(world: World, schedule: list[tuple[str, int]], *, warm: bool) -> World:
-    """warm: three peers train already; else two are about to join. The number chooses the peer and the variant."""
-    for name in "abc" if warm else "ab":
+def play(world: World, schedule: list[tuple[str, int]], *, warm: bool, names: str = "abc") -> World:
+    """warm: these peers train already; else two are about to join. The number chooses the peer and the variant."""
+    for name in names if warm else "ab":
         world.start(name)
     if warm:
         assert world.run_until(lambda: world.ledger.version >= 1)

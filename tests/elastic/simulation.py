@@ -34,6 +34,7 @@ from elastic.messages import (
     Leases,
     Leave,
     LinkLost,
+    LinkReport,
     Message,
     OperationSpec,
     PeerStatus,
@@ -46,11 +47,16 @@ from elastic.messages import (
 )
 from elastic.shards import Layout, ShardReader
 
-RUN, OUTER, PLAIN = "run", "outer", "grads"
+RUN, OUTER, PLAIN, SPREAD, GATHER = "run", "outer", "grads", "news", "parts"
+ROOT = "a"
+HIDDEN = "de"  # names of peers that can only dial out
 TIMES = Timeouts(heartbeat=1.0, chunk=3.0, operation=12.0, round=60.0, grace=4.0, evict_after=15.0)
 LAYOUT = Layout(samples=60, shard_size=6, seed=3)
-OUTER_SPEC = OperationSpec(op="mean", dtype="float32", elements=8, wire="f32", algorithm="diloco")
+OUTER_SPEC = OperationSpec(op="mean", dtype="float32", elements=1 << 20, wire="f32", algorithm="diloco")
 PLAIN_SPEC = OperationSpec(op="mean", dtype="float32", elements=8, wire="f32", algorithm="all_reduce")
+SPREAD_SPEC = OperationSpec(op="broadcast", dtype="int64", elements=8, wire="raw", root=ROOT, algorithm="broadcast")
+GATHER_SPEC = OperationSpec(op="all_gather", dtype="int64", elements=8, wire="raw", algorithm="all_gather")
+SPECS = {PLAIN: PLAIN_SPEC, SPREAD: SPREAD_SPEC, GATHER: GATHER_SPEC}
 KEPT = 3  # versions and results that a peer still serves
 
 
@@ -99,7 +105,8 @@ class Slot:
 class SimPeer:
     """One life of a peer. Speaks the protocol as elastic.Peer does; what it says collects in `outbox`."""
 
-    def __init__(self, name: str, incarnation: int, *, generation: int = 0) -> None:
+    def __init__(self, name: str, incarnation: int, *, generation: int = 0, hidden: bool = False) -> None:
+        self.hidden = hidden
         self.name, self.incarnation, self.generation = name, incarnation, generation
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
         self.expelled = ""
@@ -111,7 +118,7 @@ class SimPeer:
         self.wanted: dict[int, Commit] = {}
         self.reader, self.bases = ShardReader(LAYOUT), dict[int, int]()
         self.sequence = 0
-        self.slots = {OUTER: Slot(OUTER), PLAIN: Slot(PLAIN)}
+        self.slots = {tag: Slot(tag) for tag in (OUTER, *SPECS)}
         self.doubts: dict[str, Propose] = {}
         self.notes: deque[CommitNote] = deque(maxlen=4)
         self.outbox: list[Message] = []
@@ -127,7 +134,8 @@ class SimPeer:
 
     @property
     def member(self) -> Member:
-        return Member(name=self.name, incarnation=self.incarnation, addresses=(f"{self.name}:{self.incarnation}",))
+        addresses = () if self.hidden else (f"{self.name}:{self.incarnation}",)
+        return Member(name=self.name, incarnation=self.incarnation, addresses=addresses)
 
     @property
     def own_state(self) -> str:
@@ -166,9 +174,10 @@ class SimPeer:
         self._offer(slot, weight=weight, cursors=cursors, spec=OUTER_SPEC, base_version=self.version,
                     base_hash=self.states[self.version])  # fmt: skip
 
-    def reduce(self) -> None:
-        if self.slots[PLAIN].proposal is None:
-            self._offer(self.slots[PLAIN], weight=1.0, cursors={}, spec=PLAIN_SPEC)
+    def reduce(self, tag: str = PLAIN) -> None:
+        if self.slots[tag].proposal is None:
+            spec = replace(SPECS[tag], elements=self.incarnation) if tag == GATHER else SPECS[tag]
+            self._offer(self.slots[tag], weight=1.0, cursors={}, spec=spec)
 
     def _offer(self, slot: Slot, **fields: Any) -> None:
         self.sequence += 1
@@ -197,6 +206,15 @@ class SimPeer:
             self.say(Heartbeat, status=PeerStatus())
         else:
             self.join()
+
+    def measure(self, number: int) -> None:
+        """Reports links that are far from equal: good ones around a ring, or now and then to one peer alone."""
+        near = (1, 3) if number % 4 else (number % 3,)
+        links = tuple(
+            LinkReport(peer=name, goodput=1e8 if abs(ord(name) - ord(self.name)) in near else 1e4, rtt=0.001)
+            for name in "abcdez"
+        )
+        self.say(Heartbeat, status=PeerStatus(links=links))
 
     def ask_again(self) -> None:
         """Whatever is unanswered is said again."""
@@ -294,23 +312,23 @@ class SimPeer:
             slot.report = self._report(message.abort, FailedReport, reason="aborted")
 
     def _plain_commit(self, commit: Commit) -> None:
-        slot = self.slots[PLAIN]
+        slot = self.slots[commit.tag]
         if slot.proposal is None or commit.round <= slot.last_round:
             return
         counted = self.name in commit.contributors and slot.result == commit.digest
         if counted:
-            self.notes.append(CommitNote(tag=PLAIN, round=commit.round, attempt=commit.attempt, digest=commit.digest,
-                                         contributors=commit.contributors))  # fmt: skip
+            note = {field: getattr(commit, field) for field in ("tag", "round", "attempt", "digest", "contributors")}
+            self.notes.append(CommitNote(**note))
         self.plain_outcomes.append(commit if counted else None)
         slot.last_round = commit.round
         slot.close()
 
     def _round_failed(self, message: RoundFailed) -> None:
         slot = self.slots[message.tag]
-        if slot.proposal is None or (message.tag == PLAIN and message.round <= slot.last_round):
+        if slot.proposal is None or (message.tag != OUTER and message.round <= slot.last_round):
             return
         slot.close()
-        if message.tag == PLAIN:
+        if message.tag != OUTER:
             slot.last_round = max(slot.last_round, message.round)
             self.plain_outcomes.append(None)
 
@@ -388,6 +406,21 @@ class SimPeer:
             self.mode, self.fetching = "entering", None
 
 
+def links_of(start: Start) -> set[frozenset[str]]:
+    """The pairs of contributors between which numbers move."""
+    names = [member.name for member in start.contributors]
+    if start.pattern == "tree":
+        pairs = [(name, names[parent]) for name, parent in zip(names, start.parents, strict=True) if parent >= 0]
+    elif start.pattern == "ring":
+        around = [names[index] for index in start.order]
+        pairs = list(zip(around, (*around[1:], around[0]), strict=True))
+    else:
+        parts = start.segments or start.shares
+        owners = [name for name, part in zip(names, parts, strict=True) if part > 0]
+        pairs = [(owner, name) for owner in owners for name in names if name != owner]
+    return {frozenset(pair) for pair in pairs}
+
+
 @dataclass
 class Ledger:
     """What may be committed, worked out apart from the coordinator."""
@@ -404,7 +437,7 @@ class Ledger:
     starts: dict[Identity, Start] = field(default_factory=dict)
     given: dict[Identity, dict[str, tuple[Propose, dict[int, int]]]] = field(default_factory=dict)
     dones: dict[tuple[int, str, int, int, int], str] = field(default_factory=dict)
-    plain_commits: dict[tuple[int, int], tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    plain_commits: dict[tuple[str, int, int], tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     plain_values: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     heard: dict[int, float] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
@@ -423,6 +456,12 @@ class Ledger:
         assert len({member.name for member in start.contributors}) == len(start.contributors) > 0
         assert list(start.contributors) == sorted(start.contributors, key=lambda member: member.name)
         assert abs(sum(start.shares) - 1) < 1e-6 and len(start.shares) == len(start.contributors)
+        if start.tag == SPREAD:
+            assert start.shares == tuple(float(member.name == ROOT) for member in start.contributors)
+        if start.tag == GATHER:
+            assert start.elements == sum(member.incarnation for member in start.contributors)
+        if start.pattern == "tree":
+            assert start.shares == tuple(float(parent < 0) for parent in start.parents)
         if start.tag == OUTER:
             assert start.round == self.round and start.base_version == self.version
 
@@ -494,7 +533,7 @@ class Ledger:
 
     def plain(self, commit: Commit) -> None:
         """A plain commit seen by a peer: one meaning per round, and within a generation no number counts twice."""
-        key = (commit.generation, commit.round)
+        key = (commit.tag, commit.generation, commit.round)
         seen = (commit.digest, commit.contributors)
         assert self.plain_commits.setdefault(key, seen) == seen, f"plain round {commit.round} has two outcomes"
 
@@ -502,8 +541,9 @@ class Ledger:
 class World:
     """Coordinator, peers, channels and time. Each method is one thing that can happen."""
 
-    def __init__(self, policy: RunPolicy | None = None) -> None:
+    def __init__(self, policy: RunPolicy | None = None, *, hide: bool = False) -> None:
         self.policy = policy or RunPolicy()
+        self.hide = hide
         self.now = 100.0
         self.journal: list[Record] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -581,7 +621,7 @@ class World:
         message = effect.message
         if isinstance(message, Begin):
             self.ledger.started(message.start)
-        if isinstance(message, Commit) and message.tag == PLAIN:
+        if isinstance(message, Commit) and message.tag != OUTER:
             self.ledger.plain(message)
         if effect.incarnation in self.down:
             self.down[effect.incarnation].append(message)
@@ -635,7 +675,7 @@ class World:
 
     def start(self, name: str) -> SimPeer:
         """A new life of this name; an older one may still be running."""
-        peer = SimPeer(name, 1000 + len(self.peers))
+        peer = SimPeer(name, 1000 + len(self.peers), hidden=self.hide and name in HIDDEN)
         self.peers[peer.incarnation] = peer
         self.up[peer.incarnation], self.down[peer.incarnation] = deque(), deque()
         peer.join()
@@ -672,7 +712,7 @@ class World:
         """An idle link breaks; if the other process is gone, its port says so."""
         if peer is other or (other.alive and self.linked(peer.name, other.name)):
             return
-        evidence = "eof" if other.alive else "refused"
+        evidence = "eof" if other.alive or other.hidden else "refused"
         failure = LinkFailure(peer=other.name, incarnation=other.incarnation, evidence=evidence)
         if peer.running:
             peer.say(LinkLost, failure=failure)
@@ -700,7 +740,8 @@ class World:
         return peer if peer is not None and peer.running else None
 
     def linked(self, one: str, other: str) -> bool:
-        return frozenset((one, other)) not in self.cuts
+        hidden = self.hide and one in HIDDEN and other in HIDDEN
+        return frozenset((one, other)) not in self.cuts and not hidden
 
     # --- the data plane ---------------------------------------------------------------------------------------------
 
@@ -718,12 +759,11 @@ class World:
         self.flush(peer)
 
     def _lost(self, peer: SimPeer, slot: Slot, start: Start) -> list[LinkFailure]:
-        shares = {m.name: share for m, share in zip(start.contributors, start.shares, strict=True)}
         given = self.ledger.given[start.identity]
+        used = links_of(start)
         lost = []
         for member in start.contributors:
-            needed = shares[member.name] > 0 or shares.get(peer.name, 0) > 0
-            if member.incarnation == peer.incarnation or not needed:
+            if member.incarnation == peer.incarnation or frozenset((member.name, peer.name)) not in used:
                 continue
             evidence = self._trouble(peer, member, slot, member.name in given)
             if evidence:
@@ -736,7 +776,7 @@ class World:
         if not self.linked(peer.name, member.name):
             return ("timeout", "unreachable", "eof", "reset")[self.evidence % 4]
         if not other.alive and not (given and self.evidence % 2):
-            return ("refused", "eof")[self.evidence // 2 % 2]
+            return ("refused", "eof")[self.evidence // 2 % 2] if not other.hidden else "eof"
         if not given and other.alive and self.now - slot.began > TIMES.chunk:
             return "timeout"
         return ""
@@ -744,8 +784,7 @@ class World:
     def _complete(self, start: Start) -> bool:
         if len(self.ledger.given[start.identity]) < len(start.contributors):
             return False
-        owners = [m.name for m, share in zip(start.contributors, start.shares, strict=True) if share > 0]
-        return all(self.linked(owner, m.name) for owner in owners for m in start.contributors if m.name != owner)
+        return all(self.linked(*pair) for pair in links_of(start))
 
     def transfer(self, peer: SimPeer) -> None:
         """Fetches the state, or pulls missed results, from whoever still serves them."""
@@ -795,7 +834,7 @@ class World:
                 self.deliver_up(peer, 100)
             for peer in list(self.peers.values()):
                 self.deliver_down(peer, 100)
-                for tag in (OUTER, PLAIN):
+                for tag in (OUTER, *SPECS):
                     self.exchange(peer, tag)
         self.tick(seconds)
 

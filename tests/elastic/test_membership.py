@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import simulation
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from schedules import finish, play, schedules
@@ -26,6 +27,7 @@ from elastic.messages import (
     Join,
     LeaseRequest,
     Leases,
+    LinkReport,
     OperationSpec,
     PeerStatus,
     Propose,
@@ -142,6 +144,53 @@ def test_with_one_link_cut_all_three_contribute() -> None:
     assert commits(world)[0].contributors == ("a", "b", "c")
     start = world.ledger.attempt(1, OUTER, 0, commits(world)[0].attempt)
     assert start.shares == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("wire, names, cuts", [("f32", "abcd", "ac bd ad"), ("int8", "abcde", "ac bd ad ae be ce")])
+def test_along_a_path_all_contribute(wire: str, names: str, cuts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can talk to all others: the numbers go along a tree, as they are, since partial sums are not rounded."""
+    monkeypatch.setattr(simulation, "OUTER_SPEC", replace(OUTER_SPEC, wire=wire))
+    world, peers = training(names)
+    world.cuts = {frozenset(pair) for pair in cuts.split()}
+    propose(world, *peers.values())
+    talk(world)
+    while not commits(world):
+        exchange(world)
+        world.tick(0.5)
+    record = commits(world)[0]
+    assert record.contributors == tuple(names)
+    start = world.ledger.attempt(1, OUTER, 0, record.attempt)
+    assert (start.pattern, start.wire, start.gather_wire) == ("tree", "f32", "")
+    assert {event for event, _ in world.events} >= {"link.cut", "plan.changed"}
+
+
+def test_two_that_can_only_dial_out_are_kept_apart_from_the_first_attempt_on() -> None:
+    world = World(hide=True)
+    peers = {name: world.start(name) for name in "cde"}
+    for peer in peers.values():
+        enter(world, peer)
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert (record.attempt, record.contributors) == (0, ("c", "d", "e"))
+    assert world.ledger.attempt(1, OUTER, 0, 0).shares == (1.0, 0.0, 0.0)
+
+
+def test_measured_links_change_shares_and_are_told_once() -> None:
+    world, peers = training()
+    for name, fast in (("a", "bc"), ("b", "a"), ("c", "a")):
+        links = tuple(LinkReport(peer=other, goodput=1e8 if other in fast else 2e6, rtt=0.05) for other in "abc")
+        tell(world, peers[name], Heartbeat, status=PeerStatus(links=links))
+    for number in range(3):
+        propose(world, *peers.values())
+        talk(world)
+        exchange(world)
+        world.tick(1.0)
+        start = world.ledger.attempt(1, OUTER, number, 0)
+        assert start.chunk_bytes == 128 << 10 and start.shares[0] > 0.9
+    (told,) = events(world, "plan.changed")
+    assert told["shares"]["a"] == round(start.shares[0], 4)
 
 
 def test_with_the_only_link_cut_one_of_two_goes_on_and_the_other_comes_back() -> None:
@@ -939,6 +988,21 @@ def test_no_schedule_breaks_a_promise_under_other_policies(
     schedule: list[tuple[str, int]], quorum: float, attempts: int
 ) -> None:
     finish(play(World(RunPolicy(quorum=quorum, max_attempts=attempts)), schedule, warm=True))
+
+
+def test_no_schedule_breaks_a_promise_on_trees_and_rings() -> None:
+    """Among five peers, of which two can only dial out."""
+    seen = set()
+
+    @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(schedule=schedules)
+    def no_schedule(schedule: list[tuple[str, int]]) -> None:
+        world = finish(play(World(hide=True), schedule, warm=True, names="abcde"))
+        seen.update((start.pattern, start.op) for start in world.ledger.starts.values())
+
+    no_schedule()
+    ways = {("direct", "sum"), ("ring", "sum"), ("tree", "sum"), ("tree", "broadcast"), ("direct", "all_gather")}
+    assert seen >= ways
 
 
 messages = st.one_of(

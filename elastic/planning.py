@@ -1,0 +1,221 @@
+"""Which way an attempt goes: by what members report of their links, and which pairs cannot talk.
+
+Pure, as the membership is. Measurements arrive with heartbeats; plans are made between rounds (`refresh`), so that a
+start only looks one up. Without measurements every peer owns the same share.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from collectives import topology
+from collectives.topology import Matrix, Plan
+
+from .messages import LinkReport, OperationSpec
+from .rounds import Pair, executed, extent
+
+LOSSLESS = ("f32", "raw")
+REPLAN_SECONDS = 1.0
+KEPT_PLANS = 32
+PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
+PLANNED_AT_ALL = 64
+STEADY = 1.25  # a measurement that moved by less is as good as the one before
+FAR = 2e-3  # seconds of round trip from which chunks are cut finer
+FAST = 100e6  # bytes/s
+FINE, FINER = 256 << 10, 128 << 10
+
+WIRE_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "e3m0": 0.5}
+DTYPE_BYTES = {"float64": 8, "int64": 8, "int16": 2, "int8": 1, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be planned: among whom, and how much it carries; the size in powers of two. See `topology.plan`."""
+
+    names: tuple[str, ...]
+    cuts: frozenset[Pair]
+    nbytes: int
+    lossless: bool
+    scatter: float
+    gather: float
+
+
+def job_of(spec: OperationSpec, names: tuple[str, ...], cuts: Iterable[Pair]) -> Job:
+    gather = spec.gather_wire or spec.wire
+    return Job(
+        names,
+        frozenset(pair for pair in cuts if pair <= set(names)),
+        1 << (spec.elements * DTYPE_BYTES.get(spec.carried or spec.dtype, 4)).bit_length(),
+        spec.wire in LOSSLESS and gather in LOSSLESS,
+        WIRE_BYTES.get(spec.wire, 4.0) / 4,
+        WIRE_BYTES.get(gather, 4.0) / 4,
+    )
+
+
+class Routes:
+    """The measured links of a run, and the plans that were made from them."""
+
+    def __init__(self) -> None:
+        self._links: dict[tuple[str, str], LinkReport] = {}
+        self._planner = topology.Planner(KEPT_PLANS)
+        self._plans: OrderedDict[Job, Plan] = OrderedDict()
+        self._moved = False
+        self._next = 0.0
+
+    def learn(self, name: str, links: Iterable[LinkReport], members: Collection[str]) -> None:
+        """What `name` sees of its links to other members now; what is no measurement is left out."""
+        for link in links:
+            if link.peer in members and 0 <= link.goodput < 1e15 and 0 <= link.rtt < 1e3:
+                before = self._links.get((name, link.peer))
+                if before is None or _moved(before.goodput, link.goodput) or _moved(before.rtt, link.rtt):
+                    self._links[name, link.peer] = link
+                    self._moved = True
+
+    def forget(self, name: str) -> None:
+        """The peer has departed: its next life may stand elsewhere."""
+        self._links = {pair: link for pair, link in self._links.items() if name not in pair}
+        self._plans = OrderedDict((job, plan) for job, plan in self._plans.items() if name not in job.names)
+
+    def refresh(self, now: float) -> None:
+        """Makes all plans anew if measurements have moved; more seldom the more there is to do."""
+        if self._moved and now >= self._next:
+            largest = max((len(job.names) for job in self._plans), default=0)
+            self._next = now + REPLAN_SECONDS * max(1, largest / PLANNED_AT_ONCE)
+            self._moved = False
+            self._plans = OrderedDict((job, self._plan(job)) for job in self._plans)
+
+    def find(self, spec: OperationSpec, names: tuple[str, ...], cuts: Iterable[Pair]) -> Plan:
+        """The way for this operation among these contributors; who is not in it cannot be reached at all."""
+        job = job_of(spec, names, cuts)
+        if spec.root:
+            return spread(names, job.cuts, spec.root)
+        if segmented(spec) and not job.cuts:
+            return simple(names, job.cuts)
+        plan = self._plans.pop(job, None) or self._first(job)
+        self._plans[job] = plan
+        while len(self._plans) > KEPT_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def chunk_bytes(self, names: tuple[str, ...]) -> int:
+        """How finely tensors are cut among these: finer on long ways, for many stripes to share. 0: as usual."""
+        links = [self._links.get((one, other)) for one in names for other in names if one != other]
+        known = [link for link in links if link is not None]
+        if not any(link.rtt > FAR for link in known):
+            return 0
+        return FINE if any(link.goodput > FAST for link in known) else FINER
+
+    def _first(self, job: Job) -> Plan:
+        if len(job.names) <= PLANNED_AT_ONCE:
+            return self._plan(job)
+        self._moved = True  # planned properly with the next refresh
+        return simple(job.names, job.cuts)
+
+    def _plan(self, job: Job) -> Plan:
+        measured = any(pair in self._links for pair in _pairs(job.names))
+        if not measured or len(job.names) > PLANNED_AT_ALL:
+            return simple(job.names, job.cuts)
+        return self._planner.plan(
+            self._matrix(job.names, job.cuts),
+            nbytes=job.nbytes,
+            lossless=job.lossless,
+            scatter_factor=job.scatter,
+            gather_factor=job.gather,
+        )
+
+    def _matrix(self, names: tuple[str, ...], cuts: frozenset[Pair]) -> Matrix:
+        unknown = LinkReport(peer="")
+        rows = [[self._links.get((one, other), unknown) for other in names] for one in names]
+        return Matrix(
+            names=names,
+            bandwidth=tuple(tuple(link.goodput for link in row) for row in rows),
+            rtt=tuple(tuple(link.rtt for link in row) for row in rows),
+            cuts=cuts,
+        )
+
+
+def segmented(spec: OperationSpec) -> bool:
+    """Whether each contributor owns a segment whose bounds the caller sees."""
+    return spec.op == "all_gather" or spec.algorithm == "reduce_scatter"
+
+
+def orders(spec: OperationSpec, plan: Plan, given: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The fields of a Start that follow from what is done and how, and the segments that the callers see.
+
+    Where not all pairs can talk, a reduce-scatter is a whole sum of which each keeps its segment, and an all-gather is
+    the sum of what each gives in its own segment, with zeros in all others: exact, since moved bits are whole numbers.
+    """
+    elements, segments = extent(spec, given)
+    apart = segmented(spec) and (plan.pattern != "direct" or min(plan.shares) == 0)
+    wires = {"wire": spec.wire, "gather_wire": spec.gather_wire}
+    if plan.lossless_only:
+        wires = {"wire": spec.wire if spec.wire in LOSSLESS else "f32", "gather_wire": ""}
+    fields = {
+        "pattern": plan.pattern,
+        "shares": plan.shares,
+        "order": plan.order,
+        "parents": plan.parents,
+        "op": "sum" if apart else executed(spec),
+        "segments": () if apart else segments,
+        "elements": elements,
+        "dtype": spec.carried or spec.dtype,
+    }
+    return fields | wires, segments
+
+
+def simple(names: tuple[str, ...], cuts: Collection[Pair]) -> Plan:
+    """Without measurements: equal shares for the contributors that can talk to all others, 0 for the rest.
+
+    If there is none such, a tree from the best connected of the largest group that can reach each other.
+    """
+    apart = {name for pair in cuts for name in pair}
+    owners = [name for name in names if name not in apart]
+    if owners:
+        shares = tuple(1.0 / len(owners) if name in owners else 0.0 for name in names)
+        return Plan(names=names, pattern="direct", shares=shares)
+    trees = [spread(names, cuts, root) for root in names]
+    size = max(len(tree.names) for tree in trees)
+    degree = {name: sum(name in pair for pair in cuts) for name in names}
+    roots = [root for root, tree in zip(names, trees, strict=True) if len(tree.names) == size]
+    return trees[names.index(min(roots, key=lambda root: (degree[root], root)))]
+
+
+def spread(names: tuple[str, ...], cuts: Collection[Pair], root: str) -> Plan:
+    """From one contributor to all that it can reach: directly, or along a tree of as few hops as there can be."""
+    above = {root: ""}
+    for name in (reached := [root]):
+        new = [each for each in names if each not in above and frozenset((name, each)) not in cuts]
+        above |= dict.fromkeys(new, name)
+        reached += new
+    names = tuple(name for name in names if name in above)
+    shares = tuple(float(name == root) for name in names)
+    if all(each in ("", root) for each in above.values()):
+        return Plan(names=names, pattern="direct", shares=shares)
+    parents = tuple(names.index(above[name]) if above[name] else -1 for name in names)
+    return Plan(names=names, pattern="tree", shares=shares, parents=parents)
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """A plan as an event tells it; empty for the usual one, equal shares for all."""
+    if plan.pattern == "direct" and len(set(plan.shares)) == 1:
+        return {}
+    shares = {name: round(share, 4) for name, share in zip(plan.names, plan.shares, strict=True)}
+    fields: dict[str, Any] = {"pattern": plan.pattern, "shares": shares}
+    if plan.order:
+        fields["order"] = [plan.names[index] for index in plan.order]
+    if plan.parents:
+        parents = zip(plan.names, plan.parents, strict=True)
+        fields["parents"] = {name: plan.names[index] if index >= 0 else "" for name, index in parents}
+    return fields
+
+
+def _moved(before: float, now: float) -> bool:
+    """Whether a measurement says something else than the one before; 0 says nothing."""
+    return bool(now) and not before / STEADY <= now <= before * STEADY
+
+
+def _pairs(names: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    return ((one, other) for one in names for other in names if one != other)
