@@ -2,7 +2,7 @@
 
     python -m benchmarks.wan_allreduce lossy3 --size 64 --settle 10 --gloo-size 8 --gloo-repeat 2
     python -m benchmarks.wan_allreduce wan3 --size 256 --wires f32,int8,int4+int8,int4+int4 --gloo-repeat 0
-    python -m benchmarks.wan_allreduce asym4 --size 32 --patterns ring:acbd,ring:abcd --gloo-repeat 0
+    python -m benchmarks.wan_allreduce asym4 --size 32 --patterns planned,worst,direct --gloo-repeat 0
 
 The share of the bottleneck is the time that the busiest link needs for its bytes, at its rate less what headers take
 of a packet, over the time measured: from call to return, and from the first data byte that arrives anywhere to the
@@ -16,15 +16,17 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 from benchmarks import common
 from benchmarks.allreduce import known
 from benchmarks.common import Report, Team
 from benchmarks.wan.wan import DEV, Topology, Wan, WanError
+from collectives.topology import Matrix, plan, ring_plan
 
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4, "e3m0": 4}
 # Of a packet, what is left for data: 20 bytes of IP, 20 of TCP and 12 of its timestamps go.
@@ -84,24 +86,33 @@ class FirstByte(threading.Thread):
         return self.at
 
 
+def usable(topology: Topology, link: dict[str, Any]) -> float:
+    """Bytes of data per second that a link can carry; 0 for an unlimited one."""
+    return float(link["rate_mbit"]) * 1e6 / 8 * (topology.mtu - HEADERS) / topology.mtu
+
+
 def ideal_seconds(topology: Topology, side: Side) -> float:
     """What the busiest link needs for the bytes that the pattern puts on it."""
     sites = topology.sites
-    scatter, gather = (BITS[name] for name in wires_of(side.wire))
-    shares = side.start.get("shares") or [1 / len(sites)] * len(sites)
-    usable = (topology.mtu - HEADERS) / topology.mtu * 1e6
     worst = 0.0
     for (a, b), link in topology.links.items():
-        i, j = sites.index(a), sites.index(b)
-        if side.pattern.startswith("ring"):
-            order = side.start["order"]
-            follows = order[(order.index(i) + 1) % len(order)] == j
-            bits = (scatter + gather) * (len(sites) - 1) / len(sites) if follows else 0
-        else:
-            bits = scatter * shares[j] + gather * shares[i]
         if link["rate_mbit"]:
-            worst = max(worst, bits * side.elements / (link["rate_mbit"] * usable))
+            load = side.elements / 8 * bits_between(side, sites.index(a), sites.index(b), len(sites))
+            worst = max(worst, load / usable(topology, link))
     return worst
+
+
+def bits_between(side: Side, i: int, j: int, count: int) -> float:
+    """Bits per element of the tensor that the contributor i sends to j."""
+    scatter, gather = (BITS[name] for name in wires_of(side.wire))
+    shares = side.start.get("shares") or [1 / count] * count
+    order, parents = side.start.get("order"), side.start.get("parents")
+    if order:  # what i owns ends its way of sums there, and what j owns begins its way back there
+        follows = order[(order.index(i) + 1) % count] == j
+        return scatter * (1 - shares[i]) + gather * (1 - shares[j]) if follows else 0.0
+    if parents:
+        return float(scatter * (parents[i] == j) + gather * (parents[j] == i))
+    return scatter * float(shares[j]) + gather * float(shares[i])
 
 
 def wires_of(text: str) -> tuple[str, str]:
@@ -113,18 +124,45 @@ def wires_of(text: str) -> tuple[str, str]:
     return send, gather or send
 
 
-def pattern_of(text: str, sites: Sequence[str]) -> dict[str, Any]:
-    """Fields of a Start: "direct", "direct:0.5/0.3/0.2" (shares), "ring:acbd" (last letters of the sites)."""
+def pattern_of(text: str, wire: str, topology: Topology, elements: int) -> dict[str, Any]:
+    """Fields of a Start: "direct", "direct:0.5/0.3/0.2" (shares), "ring:acbd" (last letters of the sites), "planned"
+    (what our planner makes of the topology's own rates and delays), "worst" (its slowest ring).
+    """
     kind, _, detail = text.partition(":")
+    if kind in ("planned", "worst"):
+        return planned(kind, wire, topology, elements)
     if kind == "ring":
-        letters = [site[-1] for site in sites]
+        letters = [site[-1] for site in topology.sites]
         if sorted(detail) != sorted(letters):
             raise common.BenchmarkError(f"{text!r} does not name every site once: {''.join(letters)}")
         return {"pattern": "ring", "order": [letters.index(letter) for letter in detail]}
     return {"shares": [float(each) for each in detail.split("/")]} if detail else {}
 
 
-def assemble(team: Team, arguments: argparse.Namespace) -> list[Side]:
+def planned(kind: str, wire: str, topology: Topology, elements: int) -> dict[str, Any]:
+    """The best plan, or the slowest of all rings with the best shares for it."""
+    sites = topology.sites
+    matrix = Matrix(
+        names=tuple(sites),
+        bandwidth=_table(sites, lambda a, b: usable(topology, topology.links[a, b])),
+        rtt=_table(sites, lambda a, b: (topology.links[a, b]["delay_ms"] + topology.links[b, a]["delay_ms"]) / 1000),
+    )
+    factors = [BITS[name] / 32 for name in wires_of(wire)]
+    job: dict[str, Any] = {"nbytes": 4 * elements, "scatter_factor": factors[0], "gather_factor": factors[1]}
+    if kind == "planned":
+        found = plan(matrix, lossless=wire == "f32", **job)
+    else:
+        rings = (ring_plan(matrix, (0, *rest), **job) for rest in permutations(range(1, len(sites))))
+        found = max(rings, key=lambda each: each.seconds)
+    fields = {"pattern": found.pattern, "shares": found.shares, "order": found.order, "parents": found.parents}
+    return {name: value for name, value in fields.items() if value}
+
+
+def _table(sites: Sequence[str], value: Callable[[str, str], float]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(value(a, b) if a != b else 0.0 for b in sites) for a in sites)
+
+
+def assemble(team: Team, topology: Topology, arguments: argparse.Namespace) -> list[Side]:
     """Opens groups for every congestion control and number of stripes, and their rows."""
     sides = []
     for cc in arguments.cc.split(","):
@@ -135,7 +173,7 @@ def assemble(team: Team, arguments: argparse.Namespace) -> list[Side]:
             base = Side(
                 f"group, stripes {stripes}", name, team.settle(name), arguments.size[0], repeat=arguments.repeat
             )
-            sides += rows(base, arguments, [f"site-{host}" for host in "abcd"][: len(team.hosts)])
+            sides += rows(base, topology, arguments)
         if arguments.gloo_repeat:
             elements = (arguments.gloo_size or arguments.size)[0]
             team.add_gloo(f"gloo-{cc}")
@@ -144,17 +182,26 @@ def assemble(team: Team, arguments: argparse.Namespace) -> list[Side]:
     return sides
 
 
-def rows(base: Side, arguments: argparse.Namespace, sites: Sequence[str]) -> list[Side]:
+def rows(base: Side, topology: Topology, arguments: argparse.Namespace) -> list[Side]:
     """One for each pattern and wire."""
     made = []
     for pattern in arguments.patterns.split(","):
         for wire in arguments.wires.split(","):
             send, gather = wires_of(wire)
-            start = {"wire": send, **pattern_of(pattern, sites)}
+            start = {"wire": send, **pattern_of(pattern, wire, topology, base.elements)}
             if gather != send:
                 start["gather_wire"] = gather
-            made.append(replace(base, wire=wire, pattern=pattern, start=start))
+            title = pattern_title(pattern, start, topology)
+            made.append(replace(base, wire=wire, pattern=title, start=start))
     return made
+
+
+def pattern_title(text: str, start: dict[str, Any], topology: Topology) -> str:
+    """What a plan came to, where that is not what was asked for."""
+    if text not in ("planned", "worst"):
+        return text
+    detail = "".join(topology.sites[index][-1] for index in start.get("order", ()))
+    return f"{text}: {start['pattern']} {detail}".rstrip()
 
 
 def operate(team: Team, wan: Wan, side: Side) -> Result:
@@ -223,6 +270,20 @@ def fill(report: Report, topology: Topology, sides: list[Side], results: list[li
         report.add(cells, ideal=ideal, seconds=seconds, moving=moving, elements=side.elements, start=side.start)
         ramp = " ".join(f"{each.seconds:.2f}/{'-'.join(map(str, each.stripes))}" for each in all_results)
         report.notes.append(f"{side.title} {side.cc} {side.wire} {side.pattern}, seconds/stripes in order: {ramp}")
+    report.notes += compared(sides, results)
+
+
+def compared(sides: list[Side], results: list[list[Result]]) -> list[str]:
+    """How much faster each pattern is than the worst ring with the same wire and links."""
+    seconds = [[each.seconds for each in found[-side.repeat :]] for side, found in zip(sides, results, strict=True)]
+    lines = []
+    for side, slow in zip(sides, seconds, strict=True):
+        for other, fast in zip(sides, seconds, strict=True):
+            same = (side.team_name, side.wire) == (other.team_name, other.wire)
+            if same and side.pattern.startswith("worst") and side is not other:
+                faster = f"{other.pattern} is {common.ratio(slow, fast)} times as fast as {side.pattern}"
+                lines.append(f"{other.title} {other.cc} {other.wire}: {faster}")
+    return lines
 
 
 def main() -> None:
@@ -230,7 +291,7 @@ def main() -> None:
     parser.add_argument("topology", help="lan3, wan3, lossy3, asym4, or a file")
     parser.add_argument("--size", type=common.sizes, default=common.sizes("64"), help="MiB of float32")
     parser.add_argument("--wires", default="f32", help="e.g. f32,int8,int4+int8")
-    parser.add_argument("--patterns", default="direct", help="e.g. direct,direct:0.5/0.25/0.25,ring:acb")
+    parser.add_argument("--patterns", default="direct", help="e.g. planned,worst,direct,direct:0.5/0.25/0.25,ring:acb")
     parser.add_argument("--cc", default="cubic", help="of both sides, e.g. cubic,bbr")
     parser.add_argument("--stripes", default="2", help="per link, e.g. 2,8,16")
     parser.add_argument("--chunk", type=int, metavar="BYTES", help="LinkOptions.chunk_bytes (default: ours)")
@@ -253,12 +314,12 @@ def run(arguments: argparse.Namespace) -> None:
     topology = Topology.load(name if name.endswith(".json") else f"{name}.json")
     columns = (
         *("side", "cc", "pattern", "wire", "size", "stripes", "threads"),
-        *("s: median (min-max)", "share", "s from first data byte", "share", "x first wire", "error"),
+        *("s: median (min-max)", "share", "s from first byte", "share from first byte", "x first wire", "error"),
     )
     with Wan(topology, f"bench{os.getpid()}", max_life=7200) as wan:
         launches = [partial(launch_at, wan, site) for site in wan.sites]
         with Team(launches, [wan.addr(site) for site in wan.sites], DEV) as team:
-            sides = assemble(team, arguments)
+            sides = assemble(team, topology, arguments)
             results = measure(team, wan, sides, arguments)
         late = wan.status()["late_avg_us"]
     report = Report("wan_allreduce", f"All-reduce on the emulated WAN {topology.name}", columns)

@@ -220,7 +220,9 @@ def test_the_benchmark_measures_every_side_and_checks_its_sums() -> None:
     command = [sys.executable, "-m", "benchmarks.wan_allreduce", "wan3", *options, "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
     assert done.returncode == 0, done.stderr
-    full, half, gloo = json.loads(done.stdout)["samples"]
+    found = json.loads(done.stdout)
+    full, half, gloo = found["samples"]
+    assert all(list(sample["cells"]) == found["columns"] for sample in found["samples"])
     assert [len(sample["seconds"]) for sample in (full, half, gloo)] == [2, 2, 1]
     assert full["ideal"] == 2 * half["ideal"] == gloo["ideal"]
     assert full["ideal"] == pytest.approx(2 / 3 * 8 * (1 << 20) / 200e6 * 1500 / 1448)
