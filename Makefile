@@ -17,10 +17,16 @@ wan: $(STAMP)
 	$(BIN)/python -m benchmarks.wan.wan check
 	$(BIN)/python -m pytest -m wan tests/wan
 
-# Random faults on real processes, with new seeds for so many seconds; CHAOS_SEED=N begins with that seed.
+# Random faults on real processes with new seeds: training for so many seconds (CHAOS_SEED=N begins with that seed),
+# kills in mid all-reduce (KILLS_SEED), and schedules of faults on bare groups (SCHEDULE_SEED).
 CHAOS_SECONDS ?= 300
+CHAOS_KILLS ?= 1000
+CHAOS_SCHEDULES ?= 1000
+chaos: export CHAOS_SECONDS := $(CHAOS_SECONDS)
+chaos: export CHAOS_KILLS := $(CHAOS_KILLS)
+chaos: export CHAOS_SCHEDULES := $(CHAOS_SCHEDULES)
 chaos: $(STAMP)
-	CHAOS_SECONDS=$(CHAOS_SECONDS) $(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos
+	$(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos tests/collectives
 
 check: $(STAMP)
 	$(BIN)/ruff check .
