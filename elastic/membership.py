@@ -734,7 +734,7 @@ class Membership:
         spec, names = operation.spec, plan.names
         given = tuple(operation.proposals[name].spec.elements for name in names)
         fields, operation.segments = planning.orders(spec, plan, given)
-        multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names))
+        multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names), fields["dtype"])
         operation.start = Start(
             run=self.run,
             generation=self.generation,
@@ -1209,7 +1209,7 @@ def _merged(cursors: Iterable[dict[int, int]]) -> dict[int, int]:
 
 def _links(operation: Operation) -> list[str]:
     return [
-        f"{who}->{failure.peer}: {failure.evidence}"
+        f"{who}->{failure.peer}: {failure.evidence}" + (f" ({failure.detail})" if failure.detail else "")
         for who, lost in sorted(operation.failures.items())
         for failure in lost
     ]

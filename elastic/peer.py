@@ -990,4 +990,4 @@ def _rows(part: torch.Tensor, dimensions: int, trailing: tuple[int, ...]) -> tor
     """A flat part in the shape that its giver had."""
     size = math.prod(trailing)
     rows = (part.numel() // size if size else 0,) if dimensions else ()
-    return part.view(*rows, *trailing)
+    return part.view((*rows, *trailing))

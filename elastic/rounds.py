@@ -89,14 +89,18 @@ def float32(value: float) -> float:
     return rounded
 
 
-def scalars(op: str, weights: Iterable[float]) -> tuple[tuple[float, ...], float]:
-    """Multipliers and divisor of a reduction. Equal weights give exactly 1.0 each, so that the sum stays exact."""
+def scalars(op: str, weights: Iterable[float], dtype: str = "float32") -> tuple[tuple[float, ...], float]:
+    """Multipliers and divisor of a reduction, as numbers of that type: so that every peer computes with the same.
+
+    Equal weights give exactly 1.0 each, so that the sum stays exact.
+    """
     weights = tuple(weights)
     if op != "mean":
         return (1.0,) * len(weights), 1.0
+    rounded = float if dtype == "float64" else float32
     heaviest = max(weights)
-    multipliers = tuple(float32(weight / heaviest) for weight in weights)
-    return multipliers, float32(sum(multipliers))
+    multipliers = tuple(rounded(weight / heaviest) for weight in weights)
+    return multipliers, rounded(sum(multipliers))
 
 
 def compared(spec: OperationSpec) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ def test_what_each_one_owns_where_that_must_be_exact() -> None:
 
 def test_equal_weights_and_sums_stay_exact() -> None:
     assert rounds.scalars("mean", [7.0] * 3) == ((1.0, 1.0, 1.0), 3.0)
+    assert rounds.scalars("mean", [1.0, 3.0], "float64") == ((1 / 3, 1.0), 4 / 3)
     for op in ("sum", "max", "broadcast"):
         assert rounds.scalars(op, [1.0, 5.0]) == ((1.0, 1.0), 1.0)
 
