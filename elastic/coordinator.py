@@ -151,9 +151,12 @@ class Coordinator:
         effects = list(effects)
         if self._journal:
             self._journal.append(effect.record for effect in effects if isinstance(effect, Persist))
+        last, packed = None, b""  # the same message often goes to many
         for effect in effects:
             if isinstance(effect, Send):
-                self._socket.send_multipart([identity(effect.name, effect.incarnation), encode(effect.message)])
+                if effect.message is not last:
+                    last, packed = effect.message, encode(effect.message)
+                self._socket.send_multipart([identity(effect.name, effect.incarnation), packed])
             elif isinstance(effect, Emit):
                 self._events.emit(effect.event, **effect.fields)
 

@@ -559,7 +559,7 @@ class Membership:
             self._replace(operation, name, message, now)
             return
         elif operation.phase is Phase.RUNNING and operation.start and name in _names(operation.start):
-            self._send_begin(name, operation)
+            self._send(name, self._begin_of(operation))
         self._consider(operation, now)
 
     def _replace(self, operation: Operation, name: str, message: Propose, now: float) -> None:
@@ -713,8 +713,9 @@ class Membership:
         operation.lost.extend(name for name in giving if name not in plan.names)
         operation.phase, operation.changed_at = Phase.RUNNING, now
         operation.done, operation.answered, operation.failures = {}, set(), {}
+        begin = self._begin_of(operation)
         for name in (*plan.names, *receivers):
-            self._send_begin(name, operation)
+            self._send(name, begin)
         self._emit_start(operation, plan.names)
 
     def _plan(self, operation: Operation, giving: tuple[str, ...]) -> Plan:
@@ -753,8 +754,9 @@ class Membership:
             **fields,
         )
 
-    def _send_begin(self, name: str, operation: Operation) -> None:
-        self._send(name, self._stamp(Begin, start=operation.start, segments=operation.segments))
+    def _begin_of(self, operation: Operation) -> Message:
+        begin: Begin = self._stamp(Begin, start=operation.start, segments=operation.segments)
+        return begin
 
     def _emit_start(self, operation: Operation, names: tuple[str, ...]) -> None:
         if operation.outer:

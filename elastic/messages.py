@@ -8,8 +8,8 @@ refused, sizes are bounded; nothing is ever unpickled.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,6 +21,8 @@ from collectives.records import Abort, LinkFailure, Member, Start
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_INTEGER = (1 << 63) - 1
+_SCALARS = (str, int, float, bool, bytes)
+_Read = Callable[[Any], Any]
 
 
 class MessageError(ValueError):
@@ -420,22 +422,28 @@ def decode(data: bytes, kinds: dict[str, type]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
+    kind: type = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is tuple:
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
+    if kind is dict:
         return {key: _plain(item) for key, item in value.items()}
-    return value
+    return {name: _plain(getattr(value, name)) for name in _names(kind)}
 
 
 @cache
-def _schema(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Field name -> (type, whether it must be there)."""
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+@cache
+def _schema(kind: type) -> dict[str, tuple[_Read, bool]]:
+    """Field name -> (how to read it, whether it must be there)."""
     hints = typing.get_type_hints(kind)
     return {
         field.name: (
-            hints[field.name],
+            _reader(hints[field.name], f"{kind.__name__}.{field.name}"),
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
         )
         for field in dataclasses.fields(kind)
@@ -443,12 +451,12 @@ def _schema(kind: type) -> dict[str, tuple[Any, bool]]:
 
 
 def _build(kind: type, body: Any, where: str) -> Any:
-    if not isinstance(body, dict):
+    if type(body) is not dict:
         raise MessageError(f"{where} is no map")
     values = {}
-    for name, (hint, required) in _schema(kind).items():
+    for name, (read, required) in _schema(kind).items():
         if name in body:
-            values[name] = _value(hint, body[name], f"{where}.{name}")
+            values[name] = read(body[name])
         elif required:
             raise MessageError(f"{where}.{name} is missing")
     try:
@@ -457,29 +465,36 @@ def _build(kind: type, body: Any, where: str) -> Any:
         raise MessageError(f"{where}: {error}") from None
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _reader(hint: Any, where: str) -> _Read:
+    """What turns an unpacked value into one of type `hint`, or raises MessageError: made once for each field."""
     origin = typing.get_origin(hint)
     if origin is tuple:
-        item = typing.get_args(hint)[0]
-        return tuple(_value(item, entry, where) for entry in _expect(value, list, where))
+        item = _reader(typing.get_args(hint)[0], where)
+        return lambda value: tuple([item(entry) for entry in _expect(value, list, where)])
     if origin is dict:
-        key_hint, item = typing.get_args(hint)
-        entries = _expect(value, dict, where).items()
-        return {_value(key_hint, key, where): _value(item, entry, where) for key, entry in entries}
-    if origin in (types.UnionType, typing.Union):
-        raise TypeError(f"{where}: unions have no place in a message")
+        key, entry = (_reader(each, where) for each in typing.get_args(hint))
+        return lambda value: {key(k): entry(v) for k, v in _expect(value, dict, where).items()}
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if hint is float and type(value) is int:
-        return float(value)
-    return _expect(value, hint, where)
+        kind = typing.cast(type, hint)
+        return lambda value: _build(kind, value, where)
+    if hint not in _SCALARS:
+        raise TypeError(f"{where}: {hint} has no place in a message")
+    if hint is float:
+        return lambda value: float(value) if type(value) is int else _expect(value, float, where)
+    if hint is int:
+        return lambda value: _bounded(_expect(value, int, where), where)
+    return lambda value: _expect(value, hint, where)
 
 
 def _expect(value: Any, kind: type, where: str) -> Any:
     # bool is an int to isinstance, and must not pass for one here
     if type(value) is not kind:
         raise MessageError(f"{where} is {type(value).__name__}, not {kind.__name__}")
-    if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
+    return value
+
+
+def _bounded(value: int, where: str) -> int:
+    if not -MAX_INTEGER <= value <= MAX_INTEGER:
         raise MessageError(f"{where} is larger than {MAX_INTEGER}")
     return value
 
