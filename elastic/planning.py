@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from collectives import topology
@@ -25,6 +25,7 @@ PLANNED_AT_ALL = 64
 STEADY = 1.25  # a measurement that moved by less is as good as the one before
 FAR = 2e-3  # seconds of round trip from which chunks are cut finer
 FAST = 100e6  # bytes/s
+FASTEST = 500e6  # bytes/s: above this, hosts and not paths set the pace, and nothing is to be planned
 FINE, FINER = 256 << 10, 128 << 10
 
 WIRE_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "e3m0": 0.5}
@@ -69,6 +70,7 @@ class Routes:
         """What `name` sees of its links to other members now; what is no measurement is left out."""
         for link in links:
             if link.peer in members and 0 <= link.goodput < 1e15 and 0 <= link.rtt < 1e3:
+                link = replace(link, goodput=min(link.goodput, FASTEST))
                 before = self._links.get((name, link.peer))
                 if before is None or _moved(before.goodput, link.goodput) or _moved(before.rtt, link.rtt):
                     self._links[name, link.peer] = link

@@ -85,6 +85,13 @@ def test_equal_or_unmeasured_links_give_exactly_equal_shares(goodput: float, cou
         routes.refresh(float(now))
 
 
+def test_paths_that_are_faster_than_their_hosts_are_equal() -> None:
+    routes, names = Routes(), ("a", "b", "c")
+    for name, goodput in zip(names, (6e8, 5e9, 2e10), strict=True):
+        routes.learn(name, links(goodput), names)
+    assert not described(routes.find(SPEC, names, ()))
+
+
 def test_a_start_only_looks_up_what_was_planned_between_rounds() -> None:
     routes, names = Routes(), ("a", "b", "c")
     before = routes.find(SPEC, names, ())
