@@ -22,6 +22,7 @@ MAX_PAYLOAD = 16 << 20
 _BODY = struct.Struct("<IBBHQQQQQQIIIIQ")
 _TRAILER = struct.Struct("<Q")
 HEADER_BYTES = _BODY.size + _TRAILER.size
+_UNCHECKED = 1  # a flag: the payload has no checksum
 _HELLO = struct.Struct("<QQIHHB7x")
 
 
@@ -44,6 +45,7 @@ class Kind(enum.IntEnum):
     GET = 10  # asks for a range; payload: offset, length, key
     PART = 11  # the range
     MISSING = 12  # there is no such blob here
+    CREDIT = 13  # "so many of your parts have been added: send more"; chunk: how many
 
 
 class Refusal(enum.IntEnum):
@@ -62,7 +64,10 @@ class Purpose(enum.IntEnum):
 
 
 class Header(NamedTuple):
-    """One frame's header. `run` and `tag` are xxh3-64 of the names; `length` counts payload bytes."""
+    """One frame's header. `run` and `tag` are xxh3-64 of the names; `length` counts payload bytes.
+
+    checked: `checksum` is that of the payload; without, the sender has made none.
+    """
 
     kind: Kind
     run: int
@@ -75,6 +80,7 @@ class Header(NamedTuple):
     chunk: int
     length: int
     checksum: int
+    checked: bool = True
 
     @property
     def key(self) -> Key:
@@ -111,7 +117,15 @@ def checksum(payload: bytes | bytearray | memoryview) -> int:
 
 
 def encode(
-    kind: Kind, *, run: int, incarnation: int, key: Key = NO_KEY, chunk: int = 0, length: int = 0, digest: int = 0
+    kind: Kind,
+    *,
+    run: int,
+    incarnation: int,
+    key: Key = NO_KEY,
+    chunk: int = 0,
+    length: int = 0,
+    digest: int = 0,
+    checked: bool = True,
 ) -> bytes:
     """The header's bytes. Numbers that do not fit raise FrameError."""
     generation, epoch, tag, round_, attempt = key
@@ -119,7 +133,21 @@ def encode(
         raise FrameError(f"a payload of {length} bytes exceeds the {MAX_PAYLOAD} that one frame may carry")
     try:
         body = _BODY.pack(
-            MAGIC, VERSION, kind, 0, run, tag, generation, incarnation, epoch, round_, attempt, chunk, length, 0, digest
+            MAGIC,
+            VERSION,
+            kind,
+            0 if checked else _UNCHECKED,
+            run,
+            tag,
+            generation,
+            incarnation,
+            epoch,
+            round_,
+            attempt,
+            chunk,
+            length,
+            0,
+            digest,
         )
     except struct.error as error:
         raise FrameError(f"identity numbers must be non-negative and fit their fields: {error}") from None
@@ -154,11 +182,13 @@ def decode(data: bytes | bytearray | memoryview) -> Header:
         raise FrameError(f"frame version {version}, this side speaks {VERSION}: install the same release on both")
     if _TRAILER.unpack(memoryview(data)[_BODY.size :])[0] != xxh3_64_intdigest(body):
         raise FrameError("header checksum mismatch")
-    if kind not in _KINDS or flags or spare:
+    if kind not in _KINDS or flags & ~_UNCHECKED or spare:
         raise FrameError(f"unknown frame kind {kind} or flags {flags}")
     if length > MAX_PAYLOAD:
         raise FrameError(f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
-    return Header(_KINDS[kind], run, tag, generation, incarnation, epoch, round_, attempt, chunk, length, sum_)
+    return Header(
+        _KINDS[kind], run, tag, generation, incarnation, epoch, round_, attempt, chunk, length, sum_, not flags
+    )
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from xxhash import xxh3_128_hexdigest
 
-from collectives import exchange, frames
-from collectives.exchange import Attempt, Observer, Part, Pool
+from collectives import exchange, frames, patterns
+from collectives.exchange import Attempt, Observer, Part
 from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
 from collectives.handshake import Dialling, Porter, Self, probe
-from collectives.links import Link, Scratch
+from collectives.links import Array, Link, Pool
 from collectives.records import Abort, Done, Failed, Identity, LinkFailure, Member, Progress, Start
 from collectives.sockets import (
     LinkOptions,
@@ -30,7 +29,6 @@ from collectives.sockets import (
     parse_address,
 )
 from collectives.transfer import Blob, Fetch, Library
-from collectives.wires import Floats, as_floats
 
 _REMEMBERED = 256
 _SERVED = 8
@@ -198,23 +196,33 @@ class Group:
             failure = LinkFailure(
                 peer=member.name, incarnation=member.incarnation, evidence=evidence, detail=f"dialling: {error}"
             )
+        if failure is None:
+            self._establish(member, sockets, dialled=True)
+            return
         with self._lock:
             self._dials.pop(member.incarnation, None)
             attempts = list(self._attempts.values())
-        if failure is None:
-            self._establish(member, sockets)
-            return
         for attempt in attempts:
             attempt.unreachable(failure)
 
-    def _establish(self, member: Member, sockets: list[socket.socket]) -> Link | None:
+    def _establish(self, member: Member, sockets: list[socket.socket], *, dialled: bool = False) -> Link | None:
         """A link of these sockets replaces any former one to the same incarnation."""
-        link = Link(member, sockets, run=self._self.run, me=self.member.incarnation, options=self.options, hooks=self)
+        link = Link(
+            member,
+            sockets,
+            run=self._self.run,
+            me=self.member.incarnation,
+            options=self.options,
+            hooks=self,
+            pool=self.pool,
+        )
         with self._lock:
             former = self._links.pop(member.incarnation, None)
         if former is not None:
             former.fail("reset", "replaced by a new connection of the same peer")
         with self._lock:
+            if dialled:  # not earlier: whoever finds neither a link nor a dial would dial once more
+                self._dials.pop(member.incarnation, None)
             if self._closed:
                 for sock in sockets:
                     sock.close()
@@ -228,7 +236,7 @@ class Group:
 
     # What links tell (links.Hooks).
 
-    def route(self, link: Link, header: Header, scratch: Scratch) -> Part | None:
+    def route(self, link: Link, header: Header) -> Part | None:
         """Where a frame's payload goes."""
         key = header.key
         if header.kind is Kind.READY and not header.length:
@@ -238,10 +246,15 @@ class Group:
             if attempt is not None:
                 attempt.ready(link)
             return None
+        if header.kind is Kind.CREDIT and not header.length:
+            attempt = self._attempts.get(key)
+            if attempt is not None:
+                attempt.credited(link, header.chunk)
+            return None
         if header.kind not in (Kind.SCATTER, Kind.GATHER):
             raise FrameError(f"a {header.kind.name} frame has no place on a link")
         attempt = self._attempts.get(key)
-        return None if attempt is None else attempt.place(link, header, scratch)
+        return None if attempt is None else attempt.place(link, header)
 
     def lost(self, link: Link) -> None:
         """A link died: build it again where nothing was lost yet, and tell the attempts that need it."""
@@ -319,7 +332,6 @@ class Group:
         now = time.monotonic()
         with self._lock:
             dead = [link for link in self._dead if link.ended]
-            self._dead = [link for link in self._dead if link not in dead]
             links = list(self._links.values())
             for late in [each for each, parked in self._parked.items() if parked.deadline < now]:
                 self._parked.pop(late).close()
@@ -337,6 +349,7 @@ class Group:
                 self._sent += record.bytes_sent
                 self._received += record.bytes_received
                 self._stale += link.stale_frames
+                self._dead = [each for each in self._dead if each is not link]
                 self._corrupt += link.corrupt_frames
 
     # Attempts.
@@ -344,9 +357,11 @@ class Group:
     def run(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> Done | Failed:
         """Execute one attempt. Blocks; obeys `abort` from other threads, and Ctrl-C.
 
-        source: flat contiguous float32 CPU tensor of start.elements, read only; None on a receiver. result: the same
-        shape, must not overlap source; holds the result after Done, and garbage after Failed. Bad arguments, and a
-        Start that cannot be executed, raise ValueError.
+        source: flat contiguous CPU tensor of start.dtype, read only; None on a receiver and on those who get a
+        broadcast. result: likewise, must not overlap source; holds the result after Done, and garbage after Failed.
+        Both have start.elements, but the source of an all_gather and the result of a reduce_scatter are the member's
+        own segment. Bad arguments, and a Start that cannot be executed, raise ValueError. Numbers that a wire cannot
+        carry (NaN and infinities in a quantised one) end the attempt as Failed on the member that would send them.
 
         When a contributor with which there is work is lost, this returns Failed at once, without waiting for others;
         links that still work stay. After Failed neither tensor is touched any more. After Done on a contributor, the
@@ -368,18 +383,22 @@ class Group:
         finally:
             if not whole:
                 self._withdraw_attempt(attempt)
-        return self._succeeded(attempt, out) if whole else self._fail(attempt)
+        return self._succeeded(attempt) if whole else self._fail(attempt)
 
-    def _check(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> tuple[Floats | None, Floats]:
-        exchange.check(start, self.member, self._run_name)
-        contributor = self.member.incarnation in {member.incarnation for member in start.contributors}
-        if contributor != (source is not None):
-            raise ValueError("contributors pass a source; receivers pass source=None")
-        numbers = as_floats(source) if source is not None else None
-        out = as_floats(result)
-        for array in (numbers, out):
-            if array is not None and array.size != start.elements:
-                raise ValueError(f"the start is about {start.elements} elements, the tensor has {array.size}")
+    def _check(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> tuple[Array | None, Array]:
+        patterns.check(start, self.member, self._run_name)
+        if start.chunk_bytes > self.options.chunk_bytes:
+            raise ValueError(f"chunk_bytes is {start.chunk_bytes}: at most {self.options.chunk_bytes} here")
+        lives = [member.incarnation for member in start.contributors]
+        me = lives.index(self.member.incarnation) if self.member.incarnation in lives else -1
+        read = patterns.source_span(start, me)
+        if (read is None) != (source is None):
+            raise ValueError("contributors pass a source; receivers, and those who get a broadcast, pass source=None")
+        numbers = _as_array(source, start.dtype) if source is not None else None
+        out = _as_array(result, start.dtype)
+        for array, span in ((numbers, read), (out, patterns.result_span(start, me))):
+            if array is not None and span is not None and array.size != span[1] - span[0]:
+                raise ValueError(f"the start is about {span[1] - span[0]} elements here, the tensor has {array.size}")
         if numbers is not None and numbers.size and numbers.ctypes.data == out.ctypes.data:
             raise ValueError("source and result must be different memory: the source is what a retry starts from")
         return numbers, out
@@ -440,8 +459,8 @@ class Group:
             self._diallers.add(thread)
         thread.start()
 
-    def _succeeded(self, attempt: Attempt, out: Floats) -> Done:
-        digest = xxh3_128_hexdigest(out.data.cast("B")) if out.size else xxh3_128_hexdigest(b"")
+    def _succeeded(self, attempt: Attempt) -> Done:
+        digest = attempt.digest()
         with self._lock:
             self._done += 1
             if not attempt.serving:
@@ -593,7 +612,7 @@ class Group:
         for attempt in attempts:
             self._withdraw_attempt(attempt)
         with self._lock:
-            dead, self._dead = self._dead, []
+            dead = list(self._dead)
         self._bury(dead)
 
     def __enter__(self) -> Group:
@@ -619,15 +638,29 @@ class _Parked:
             sock.close()
 
 
+def _as_array(tensor: torch.Tensor, dtype: str) -> Array:
+    """The tensor's memory as a numpy array; ValueError unless it is flat, contiguous, of that dtype, on the CPU."""
+    flat = tensor.detach()
+    wanted = getattr(torch, dtype)
+    if flat.device.type != "cpu" or flat.dtype != wanted or flat.dim() != 1 or not flat.is_contiguous():
+        raise ValueError(
+            f"tensors must be flat, contiguous {dtype} on the CPU, got {flat.dtype} of shape {tuple(flat.shape)} on "
+            f"{flat.device}: pass tensor.detach().to('cpu', torch.{dtype}).contiguous().view(-1)"
+        )
+    array: Array = flat.numpy()
+    return array
+
+
 def _link_statistics(link: Link) -> LinkStatistics:
+    stripes = (*link.stripes, *link.retired)
     return LinkStatistics(
         peer=link.member.name,
         incarnation=link.member.incarnation,
         state="up" if link.failure is None else link.failure.evidence,
         stripes=len(link.stripes),
-        bytes_sent=sum(stripe.bytes_sent for stripe in link.stripes),
-        bytes_received=sum(stripe.bytes_received for stripe in link.stripes),
-        seconds_sending=sum(stripe.seconds_sending for stripe in link.stripes),
+        bytes_sent=sum(stripe.bytes_sent for stripe in stripes),
+        bytes_received=sum(stripe.bytes_received for stripe in stripes),
+        seconds_sending=sum(stripe.seconds_sending for stripe in stripes),
         stale_frames=link.stale_frames,
         corrupt_frames=link.corrupt_frames,
     )

@@ -1,42 +1,57 @@
 """A link joins two incarnations by K stripes. Frames queue per link; whichever stripe is free takes the next one.
 
-One sender and one receiver thread per stripe, over blocking sockets. Any stripe that fails fails its link; whoever
-needs the link hears of it through the hooks. A link outlives attempts and rounds, and carries several at once.
+A thread that has something to send sends it itself for as long as the kernel takes it without waiting; what is left
+goes to the link's sender thread. One receiver thread per link reads all stripes. With one stripe, both threads use
+blocking calls on whole frames, which costs the least; with several, they wait for whichever stripe is ready. Any stripe
+that fails fails its link; whoever needs the link hears of it through the hooks. A link outlives attempts and rounds,
+and carries several at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import select
 import socket
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 from collectives import frames
-from collectives.frames import FrameError, Header, Key, Kind
+from collectives.frames import HEADER_BYTES, FrameError, Header, Key, Kind
 from collectives.records import LinkFailure, Member
-from collectives.sockets import EndOfStream, Lease, LinkOptions, drain, evidence_of, receive_into, send_all, shut
-from collectives.wires import Floats, Wire
+from collectives.sockets import SLICE, EndOfStream, Lease, LinkOptions, evidence_of, path_silence, shut
+from collectives.wires import Wire
+
+Array = NDArray[Any]
 
 _GOODBYE_SECONDS = 0.5
 _REMEMBERED_READY = 256
+_BURST = 8  # frames that one stripe may deliver before the others are looked at
 
 
-class Scratch:
-    """One thread's working memory: bytes of one chunk on the wire, and two chunks of numbers. Stays in cache."""
+class Pool:
+    """Chunk buffers that links and attempts take in turn; the last one given back, still in cache, goes out first."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self.raw = memoryview(bytearray(chunk_bytes))
-        self.term: Floats = np.empty(chunk_bytes // 4, dtype=np.float32)
-        self.numbers: Floats = np.empty(chunk_bytes // 4, dtype=np.float32)
+    def __init__(self, chunk_bytes: int, capacity: int) -> None:
+        self._free: deque[memoryview] = deque(maxlen=capacity)
+        self._chunk_bytes = chunk_bytes
+
+    def take(self) -> memoryview:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return memoryview(bytearray(self._chunk_bytes))
+
+    def give(self, buffer: memoryview) -> None:
+        self._free.append(buffer)
 
 
 class Sink(Protocol):
@@ -45,8 +60,8 @@ class Sink(Protocol):
     view: memoryview
     lease: Lease
 
-    def finish(self, nbytes: int) -> None:
-        """The payload is whole and verified."""
+    def finish(self, nbytes: int, digest: int) -> None:
+        """The payload is whole and verified; nbytes counts its header too, digest is its checksum."""
 
     def cancel(self) -> None:
         """It did not arrive, or was not wanted any more."""
@@ -55,7 +70,7 @@ class Sink(Protocol):
 class Hooks(Protocol):
     """What a link tells the group, from its own threads."""
 
-    def route(self, link: Link, header: Header, scratch: Scratch) -> Sink | None:
+    def route(self, link: Link, header: Header) -> Sink | None:
         """Where to put this frame's payload; None drops it as stale. FrameError if it can only be corrupt."""
 
     def lost(self, link: Link) -> None:
@@ -66,17 +81,28 @@ def _nothing(nbytes: int, seconds: float) -> None:
     return None
 
 
+def _ignore(error: Exception) -> None:
+    return None
+
+
 @dataclass(slots=True)
 class Outgoing:
-    """A frame that waits for a stripe. `numbers` are encoded, and their memory is read, only when its turn comes."""
+    """A frame that waits for a stripe. `numbers` are encoded, and their memory is read, only when its turn comes.
+
+    wire: None sends the bits as they are. digest: of the encoded payload, if it is known. sent: called with the frame's
+    bytes and the seconds that it took.
+    refused: called instead if the wire cannot carry these numbers.
+    """
 
     kind: Kind
     key: Key
     chunk: int = 0
-    numbers: Floats | None = None
+    numbers: Array | None = None
     wire: Wire | None = None
     lease: Lease | None = None
+    digest: int | None = None
     sent: Callable[[int, float], None] = _nothing
+    refused: Callable[[Exception], None] = _ignore
 
     @property
     def priority(self) -> tuple[int, int]:
@@ -84,22 +110,89 @@ class Outgoing:
         return (0 if self.numbers is None else 1, self.key.round)
 
 
+class _Frame:
+    """A frame on its way into the kernel."""
+
+    __slots__ = ("begun", "buffer", "item", "lease", "nbytes", "pending")
+
+    def __init__(self, item: Outgoing, pending: list[Any], lease: Lease | None, buffer: memoryview | None) -> None:
+        self.item, self.pending, self.lease, self.buffer = item, pending, lease, buffer
+        self.nbytes = sum(map(len, pending))
+        self.begun = time.perf_counter()
+
+    def advance(self, sock: socket.socket, flags: int) -> bool:
+        """Send what the socket takes; True when the frame has left. BlockingIOError when it takes no more now."""
+        while self.pending:
+            if self.lease is not None and self.lease.revoked:
+                self.detach()
+            self._skip(sock.sendmsg(self.pending, [], flags | socket.MSG_NOSIGNAL))
+        return True
+
+    def detach(self) -> None:
+        """The memory is wanted back: go on from a copy, so that the stream stays whole."""
+        self.pending = [b"".join(self.pending)]
+        self.release()
+
+    def release(self) -> None:
+        if self.lease is not None:
+            self.lease.release()
+            self.lease = None
+
+    def _skip(self, sent: int) -> None:
+        pending = self.pending
+        while pending and sent >= len(pending[0]):
+            sent -= len(pending.pop(0))
+        if sent:
+            pending[0] = memoryview(pending[0])[sent:]
+
+
+class _Inbound:
+    """What a stripe is receiving: a header, then its payload into a sink, or into nothing."""
+
+    __slots__ = ("data", "drain", "got", "header", "sink")
+
+    def __init__(self) -> None:
+        self.data = memoryview(bytearray(HEADER_BYTES))
+        self.got = 0
+        self.header: Header | None = None
+        self.sink: Sink | None = None
+        self.drain = 0
+
+
 @dataclass(slots=True, eq=False)
 class Stripe:
-    """One TCP connection of a link, and what it has carried."""
+    """One TCP connection of a link, and what it has carried.
+
+    frame: what a sender has begun and not finished. busy: it is taken, by the thread that sends on it, or by the sender
+    thread once it was handed over. finished: nothing more comes in. retiring: it takes no more frames.
+    """
 
     socket: socket.socket
-    threads: list[threading.Thread] = field(default_factory=list)
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0
+    frame: _Frame | None = None
+    busy: bool = False
+    handed: bool = False
+    finished: bool = False
+    retiring: bool = False
+    goodbye: bool = False
+    inbound: _Inbound = field(default_factory=_Inbound)
 
 
 class Link:
     """K stripes to one incarnation of a peer. `failure` is None while it works."""
 
     def __init__(
-        self, member: Member, sockets: list[socket.socket], *, run: int, me: int, options: LinkOptions, hooks: Hooks
+        self,
+        member: Member,
+        sockets: list[socket.socket],
+        *,
+        run: int,
+        me: int,
+        options: LinkOptions,
+        hooks: Hooks,
+        pool: Pool,
     ) -> None:
         self.member = member
         self.failure: LinkFailure | None = None
@@ -107,37 +200,76 @@ class Link:
         self.stale_frames = 0
         self.corrupt_frames = 0
         self.stripes = [Stripe(each) for each in sockets]
-        self._run, self._me, self._options, self._hooks = run, me, options, hooks
-        self._condition = threading.Condition()
+        self.retired: list[Stripe] = []
+        self._run, self._me, self._options, self._hooks, self._pool = run, me, options, hooks, pool
+        self._lock = threading.Lock()
         self._queue: list[tuple[tuple[int, int], int, Outgoing]] = []
         self._order = count()
         self._closing = False
         self._ended = 0
         self._end: OSError | None = None
+        self._writable, self._readable = select.epoll(), select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self._by_fd: dict[int, Stripe] = {}
+        self._threads: list[threading.Thread] = []
+        for poller in (self._writable, self._readable):
+            poller.register(self._bell, select.EPOLLIN)
 
     def start(self) -> None:
-        """Start the stripes' threads. Call once."""
-        for index, stripe in enumerate(self.stripes):
-            for loop, role in ((self._send_loop, "send"), (self._receive_loop, "receive")):
-                name = f"link-{self.member.name}-{index}-{role}"
-                thread = threading.Thread(target=self._guarded, args=(loop, stripe), name=name, daemon=True)
-                stripe.threads.append(thread)
-                thread.start()
+        """Start the threads. Call once."""
+        for stripe in self.stripes:
+            self._watch(stripe)
+        for loop, role in ((self._send_loop, "send"), (self._receive_loop, "receive")):
+            name = f"link-{self.member.name}-{role}"
+            thread = threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _watch(self, stripe: Stripe) -> None:
+        fd = stripe.socket.fileno()
+        self._by_fd[fd] = stripe
+        self._writable.register(fd, select.EPOLLONESHOT)
+        self._readable.register(fd, select.EPOLLIN)
+
+    def add(self, sock: socket.socket) -> None:
+        """One more stripe. On a dead link the socket is closed."""
+        with self._lock:
+            alive = self.failure is None and not self._closing
+            if alive:
+                stripe = Stripe(sock)
+                self.stripes = [*self.stripes, stripe]
+                self._watch(stripe)
+        if not alive:
+            sock.close()
+        self._pump(1)
+
+    def retire(self, stripe: Stripe, *, last: bool = False) -> None:
+        """Send no more on this stripe, and let it end in good order; without `last`, one stays."""
+        with self._lock:
+            if stripe.retiring or (not last and sum(not each.retiring for each in self.stripes) < 2):
+                return
+            stripe.retiring = True
+            idle, stripe.busy = not stripe.busy, True
+        if idle:
+            self._free(stripe)
+
+    # Sending, from any thread.
 
     def send(self, *items: Outgoing) -> None:
-        """Queue frames; on a dead link they vanish, since the hooks have told everyone already."""
-        with self._condition:
+        """Queue frames, and send what leaves at once; on a dead link they vanish: the hooks have told everyone."""
+        with self._lock:
             if self.failure is not None or self._closing:
                 return
             for item in items:
                 heapq.heappush(self._queue, (item.priority, next(self._order), item))
-            self._condition.notify(len(items))
+        self._pump(len(items))
 
     def discard(self, lease: Lease) -> None:
         """Take back the queued frames of one attempt."""
-        with self._condition:
+        with self._lock:
             self._queue = [entry for entry in self._queue if entry[2].lease is not lease]
             heapq.heapify(self._queue)
+        self._ring()
 
     def remember_ready(self, key: Key) -> None:
         """The peer began an attempt that has not begun here."""
@@ -145,43 +277,356 @@ class Link:
         if len(self.ready) > _REMEMBERED_READY:
             self.ready.popitem(last=False)
 
+    def _pump(self, limit: int) -> None:
+        """Send up to so many frames from this thread; a stripe that blocks, or more work, goes to the sender thread."""
+        for _ in range(limit):
+            stripe = self._claim()
+            if stripe is None:
+                return
+            try:
+                self._begin(stripe)
+            except BlockingIOError:
+                self._hand_over(stripe)
+            except OSError as error:
+                self._abandon(stripe)
+                self.fail(evidence_of(error), str(error))
+                return
+        with self._lock:
+            more = bool(self._queue) and self._idle() is not None
+        if more:
+            self._ring()
+
+    def _idle(self) -> Stripe | None:
+        return next((each for each in self.stripes if not each.busy), None)
+
+    def _claim(self) -> Stripe | None:
+        """An idle stripe, now busy with the first frame of the queue."""
+        with self._lock:
+            while self._queue and self.failure is None:
+                stripe = self._idle()
+                if stripe is None:
+                    return None
+                frame = self._open(heapq.heappop(self._queue)[2])
+                if frame is not None:
+                    stripe.busy, stripe.frame = True, frame
+                    return stripe
+            return None
+
+    def _open(self, item: Outgoing) -> _Frame | None:
+        """Take the item's memory; None if its attempt is over, and nothing of it has left."""
+        lease = item.lease
+        if lease is not None and not lease.acquire():
+            return None
+        return _Frame(item, [], lease, None)
+
+    def _begin(self, stripe: Stripe) -> None:
+        frame = stripe.frame
+        assert frame is not None, "a claimed stripe has a frame"
+        if self._encode(frame):
+            frame.advance(stripe.socket, socket.MSG_DONTWAIT)
+        self._finish(stripe, frame)
+
+    def _encode(self, frame: _Frame) -> bool:
+        """Header and payload of a frame; False if its wire refuses the numbers."""
+        item, payload = frame.item, memoryview(b"")
+        if item.numbers is not None and item.wire is None:
+            payload = item.numbers.data.cast("B")
+        elif item.numbers is not None and item.wire is not None:
+            frame.buffer = self._pool.take()
+            try:
+                payload = item.wire.encode(item.numbers, frame.buffer)
+            except ValueError as error:
+                item.refused(error)
+                return False
+            frame.release()
+        checked = self._options.checksum or item.numbers is None
+        digest = item.digest if item.digest is not None else frames.checksum(payload) if checked else 0
+        header = self._header(item.kind, item.key, item.chunk, len(payload), digest, checked)
+        frame.pending = [header, payload] if len(payload) else [header]
+        frame.nbytes = len(header) + len(payload)
+        return True
+
+    def _header(self, kind: Kind, key: Key, chunk: int, length: int, digest: int, checked: bool = True) -> bytes:
+        return frames.encode(
+            kind,
+            run=self._run,
+            incarnation=self._me,
+            key=key,
+            chunk=chunk,
+            length=length,
+            digest=digest,
+            checked=checked,
+        )
+
+    def _finish(self, stripe: Stripe, frame: _Frame) -> None:
+        """The frame has left, or was refused."""
+        frame.release()
+        if frame.buffer is not None:
+            self._pool.give(frame.buffer)
+        seconds = time.perf_counter() - frame.begun
+        stripe.seconds_sending += seconds
+        stripe.bytes_sent += frame.nbytes
+        stripe.frame = None
+        self._free(stripe)
+        if frame.nbytes:
+            frame.item.sent(frame.nbytes, seconds)
+
+    def _free(self, stripe: Stripe) -> None:
+        """The stripe is idle, unless it is to end."""
+        with self._lock:
+            stripe.busy = stripe.retiring
+        if stripe.retiring and not stripe.goodbye:
+            stripe.goodbye = True
+            self._say_goodbye(stripe)
+
+    def _say_goodbye(self, stripe: Stripe) -> None:
+        with contextlib.suppress(OSError):  # it broke: the receiver has seen that too
+            stripe.socket.sendmsg([self._header(Kind.BYE, frames.NO_KEY, 0, 0, frames.checksum(b""))])
+            stripe.socket.shutdown(socket.SHUT_WR)
+        self._ring()
+
+    def _send_loop(self) -> None:
+        """Go on with what would have blocked others."""
+        while self.failure is None and not self._closing:
+            handed = [each for each in self.stripes if each.handed]
+            for fd, _ in self._writable.poll(SLICE if handed else None):
+                if fd == self._bell:
+                    self._hear()
+                elif (stripe := self._by_fd.get(fd)) is not None and stripe.handed:
+                    stripe.handed = False
+                    self._drive(stripe, fresh=False)
+            for stripe in handed:
+                self._give_up_memory(stripe)
+        if self._closing:
+            self._part()
+
+    def _give_up_memory(self, stripe: Stripe) -> None:
+        frame = stripe.frame
+        if stripe.handed and frame is not None and frame.lease is not None and frame.lease.revoked:
+            frame.detach()
+
+    def _hear(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
+        while (stripe := self._claim()) is not None:
+            self._drive(stripe, fresh=True)
+
+    def _drive(self, stripe: Stripe, *, fresh: bool) -> None:
+        """Send this stripe's frame and what follows; wait for the socket only if there is no other stripe to serve."""
+        while self.failure is None:
+            frame, alone = stripe.frame, len(self.stripes) == 1
+            assert frame is not None, "a claimed stripe has a frame"
+            try:
+                if not fresh or self._encode(frame):
+                    frame.advance(stripe.socket, 0 if alone else socket.MSG_DONTWAIT)
+                self._finish(stripe, frame)
+            except BlockingIOError:
+                fresh = False
+                if alone:
+                    continue
+                self._hand_over(stripe)
+            except OSError:
+                self._abandon(stripe)
+                raise
+            fresh, following = True, self._claim()
+            if following is None:
+                return
+            stripe = following
+        self._abandon(stripe)
+
+    def _hand_over(self, stripe: Stripe) -> None:
+        """The sender thread goes on as soon as the socket takes more."""
+        stripe.handed = True
+        with contextlib.suppress(OSError, ValueError):  # closed, together with the link
+            self._writable.modify(stripe.socket, select.EPOLLOUT | select.EPOLLONESHOT)
+        if self.failure is not None:
+            self._abandon(stripe)
+
+    def _ring(self) -> None:
+        with self._lock:
+            if self._bell >= 0:
+                os.eventfd_write(self._bell, 1)
+
+    # Receiving, in the receiver thread.
+
+    def _receive_loop(self) -> None:
+        while self.failure is None:
+            filling = [each for each in self.stripes if each.inbound.sink is not None]
+            for fd, _ in self._readable.poll(SLICE if filling else None):
+                stripe = self._by_fd.get(fd)
+                if stripe is not None:
+                    self._serve(stripe)
+            for stripe in filling:
+                self._let_go(stripe.inbound)
+
+    def _serve(self, stripe: Stripe) -> None:
+        """Receive what is here, and with a single stripe the rest of its frame."""
+        flags = socket.MSG_WAITALL if len(self.stripes) == 1 else socket.MSG_DONTWAIT
+        inbound = stripe.inbound
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_BURST):
+                if inbound.header is None and not self._receive_header(stripe):
+                    return
+                self._receive_payload(stripe, flags)
+
+    def _receive_header(self, stripe: Stripe) -> bool:
+        """False if the stripe has ended."""
+        inbound = stripe.inbound
+        try:
+            while inbound.got < HEADER_BYTES:
+                inbound.got += _read(stripe.socket, inbound.data[inbound.got :], socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._stripe_ended(stripe, error)
+            return False
+        header = frames.decode(inbound.data)
+        if header.run != self._run or header.incarnation != self.member.incarnation:
+            raise FrameError("a frame of another run or another incarnation")
+        if header.kind is Kind.BYE:
+            self._stripe_ended(stripe, None)
+            return False
+        inbound.sink = self._hooks.route(self, header)
+        inbound.got, inbound.header = 0, header
+        if inbound.sink is None:
+            inbound.drain = header.length
+            self.stale_frames += header.kind in (Kind.SCATTER, Kind.GATHER)
+        return True
+
+    def _receive_payload(self, stripe: Stripe, flags: int) -> None:
+        inbound = stripe.inbound
+        header = inbound.header
+        assert header is not None, "the header comes first"
+        while inbound.sink is not None and inbound.got < header.length:
+            if inbound.sink.lease.revoked:
+                self._let_go(inbound)
+            else:
+                inbound.got += _read(stripe.socket, inbound.sink.view[inbound.got :], flags)
+        while inbound.drain:
+            inbound.drain -= _read(stripe.socket, memoryview(bytearray(min(inbound.drain, 1 << 16))), flags)
+        sink, inbound.sink, inbound.header, inbound.got = inbound.sink, None, None, 0
+        stripe.bytes_received += HEADER_BYTES + header.length
+        if sink is not None:
+            _deliver(sink, header)
+
+    def _let_go(self, inbound: _Inbound) -> None:
+        """The memory is wanted back: the rest of this frame goes nowhere."""
+        sink, header = inbound.sink, inbound.header
+        if sink is not None and header is not None and sink.lease.revoked:
+            inbound.sink, inbound.drain = None, header.length - inbound.got
+            self.stale_frames += 1
+            sink.cancel()
+            sink.lease.release()
+
+    def _stripe_ended(self, stripe: Stripe, error: OSError | None) -> None:
+        """A stripe ended between two frames. The link dies with the last one: what has arrived on the others counts.
+
+        After a BYE the others may still carry frames. After an error they are read to the end of what is here already,
+        so that a peer that dies when it is done takes nothing with it.
+        """
+        stripe.finished = True
+        self._readable.unregister(stripe.socket)
+        self._end = self._end or error
+        if all(each.finished for each in self.stripes):
+            raise self._end or EndOfStream("closed by the peer in good order")
+        if error is None:
+            self.retire(stripe)
+            self._bury(stripe)
+            return
+        for each in self.stripes:
+            with contextlib.suppress(OSError):
+                each.socket.shutdown(socket.SHUT_RD)
+
+    def _bury(self, stripe: Stripe) -> None:
+        """Close a stripe on which both sides have said goodbye."""
+        with self._lock:
+            if not (stripe.finished and stripe.goodbye and stripe.frame is None) or stripe not in self.stripes:
+                return
+            self.stripes = [each for each in self.stripes if each is not stripe]
+            self.retired.append(stripe)
+            del self._by_fd[stripe.socket.fileno()]
+            self._writable.unregister(stripe.socket)
+        stripe.socket.close()
+
+    # The end.
+
     def fail(self, evidence: str, detail: str) -> None:
         """Kill the link from any thread; the first evidence stays. Its threads end by themselves."""
-        with self._condition:
+        with self._lock:
             if self.failure is not None:
                 return
             self.failure = LinkFailure(
                 peer=self.member.name, incarnation=self.member.incarnation, evidence=evidence, detail=detail
             )
             self._queue.clear()
-            self._condition.notify_all()
-        for stripe in self.stripes:
+            stripes = self.stripes
+        for stripe in stripes:
             shut(stripe.socket)
+        self._ring()
         self._hooks.lost(self)
 
     def close(self) -> None:
         """Say goodbye on every stripe, then end. Queued frames are dropped; a frame half sent is finished if it can."""
-        with self._condition:
+        with self._lock:
             self._closing = True
             self._queue.clear()
-            self._condition.notify_all()
-        deadline = time.monotonic() + _GOODBYE_SECONDS
-        for stripe in self.stripes:
-            stripe.threads[0].join(max(0.0, deadline - time.monotonic()))
+        self._ring()
+        if self._threads:
+            self._threads[0].join(_GOODBYE_SECONDS)
         self.fail("eof", "closed by this side")
         self.reap()
 
+    def _part(self) -> None:
+        """Finish the frames that are half sent, and say goodbye on every stripe."""
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        while self.failure is None and time.monotonic() < deadline:
+            for stripe in self.stripes:
+                if stripe.handed and stripe.frame is not None:
+                    with contextlib.suppress(BlockingIOError):
+                        stripe.frame.advance(stripe.socket, 0)
+                        stripe.handed = False
+                        self._finish(stripe, stripe.frame)
+                self.retire(stripe, last=True)
+            if all(each.goodbye for each in self.stripes):
+                return
+            time.sleep(0.001)
+
     def reap(self) -> None:
         """Join the threads of a dead link and close its sockets. Not from one of those threads."""
+        for thread in self._threads:
+            thread.join()
+        self._abandon_all()
         for stripe in self.stripes:
-            for thread in stripe.threads:
-                thread.join()
             stripe.socket.close()
+        for poller in (self._writable, self._readable):
+            poller.close()
+        with self._lock:
+            bell, self._bell = self._bell, -1
+        if bell >= 0:
+            os.close(bell)
+
+    def _abandon(self, stripe: Stripe) -> None:
+        """Give back what a frame that will not leave still holds."""
+        with self._lock:
+            frame, stripe.frame = stripe.frame, None
+        if frame is not None:
+            frame.release()
+
+    def _abandon_all(self) -> None:
+        """The link is dead, and its threads hold nothing any more but what has been handed to them."""
+        for stripe in self.stripes:
+            if stripe.handed:
+                self._abandon(stripe)
+            with self._lock:
+                sink, stripe.inbound.sink = stripe.inbound.sink, None
+            if sink is not None:
+                sink.cancel()
+                sink.lease.release()
 
     @property
     def ended(self) -> bool:
         """None of its threads runs any more: `reap` will not wait."""
-        return not any(thread.is_alive() for stripe in self.stripes for thread in stripe.threads)
+        return not any(thread.is_alive() for thread in self._threads)
 
     def check_path(self) -> None:
         """Fail the link if it keeps retransmitting and nothing is acknowledged: the path is cut.
@@ -189,18 +634,14 @@ class Link:
         A peer that is alive and does not read (a frozen process) still acknowledges, and is not failed by this.
         """
         for stripe in self.stripes:
-            try:
-                info = stripe.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-            except OSError:
-                return
-            silent = int.from_bytes(info[56:60], "little") / 1000
-            if info[2] >= 3 and silent > self._options.path_timeout:
+            silent = path_silence(stripe.socket)
+            if silent > self._options.path_timeout:
                 self.fail("timeout", f"nothing acknowledged for {silent:.1f} s while retransmitting")
                 return
 
-    def _guarded(self, loop: Callable[[Stripe], None], stripe: Stripe) -> None:
+    def _guarded(self, loop: Callable[[], None]) -> None:
         try:
-            loop(stripe)
+            loop()
         except FrameError as error:
             self.corrupt_frames += 1
             self.fail("corrupt", str(error))
@@ -208,109 +649,27 @@ class Link:
             self.fail(evidence_of(error), str(error))
         except Exception as error:
             self.fail("corrupt", f"unexpected {type(error).__name__} in this peer's data plane: {error}")
-
-    def _take(self) -> Outgoing | None:
-        with self._condition:
-            while not self._queue:
-                if self.failure is not None or self._closing:
-                    return None
-                self._condition.wait()
-            return heapq.heappop(self._queue)[2]
-
-    def _send_loop(self, stripe: Stripe) -> None:
-        scratch: memoryview | None = None
-        while (item := self._take()) is not None:
-            if item.wire is not None and not item.wire.lossless and scratch is None:
-                scratch = memoryview(bytearray(self._options.chunk_bytes))
-            self._send(stripe, item, scratch if scratch is not None else memoryview(b""))
-        if self._closing:
-            self._transmit(stripe, Outgoing(Kind.BYE, frames.NO_KEY), memoryview(b""), None)
-            stripe.socket.shutdown(socket.SHUT_WR)
-
-    def _send(self, stripe: Stripe, item: Outgoing, scratch: memoryview) -> None:
-        lease = item.lease
-        if lease is not None and not lease.acquire():
-            return  # its attempt is over, and nothing of this frame has left
-        payload = memoryview(b"")
-        if item.numbers is not None and item.wire is not None:
-            payload = item.wire.encode(item.numbers, scratch)
-            if not item.wire.lossless and lease is not None:
-                lease.release()
-                lease = None
-        started = time.perf_counter()
-        self._transmit(stripe, item, payload, lease)
-        seconds = time.perf_counter() - started
-        stripe.seconds_sending += seconds
-        item.sent(frames.HEADER_BYTES + len(payload), seconds)
-
-    def _transmit(self, stripe: Stripe, item: Outgoing, payload: memoryview, lease: Lease | None) -> None:
-        header = frames.encode(
-            item.kind,
-            run=self._run,
-            incarnation=self._me,
-            key=item.key,
-            chunk=item.chunk,
-            length=len(payload),
-            digest=frames.checksum(payload),
-        )
-        send_all(stripe.socket, (header, payload), lease)
-        stripe.bytes_sent += len(header) + len(payload)
-
-    def _receive_loop(self, stripe: Stripe) -> None:
-        scratch = Scratch(self._options.chunk_bytes)
-        poll = select.poll()
-        poll.register(stripe.socket, select.POLLIN)
-        data = memoryview(bytearray(frames.HEADER_BYTES))
-        while self.failure is None:
-            poll.poll()  # an idle stripe sleeps here; receiving comes back every SLICE
-            try:
-                receive_into(stripe.socket, data)
-            except OSError as error:
-                self._stripe_ended(error)
-                return
-            header = frames.decode(data)
-            if header.run != self._run or header.incarnation != self.member.incarnation:
-                raise FrameError("a frame of another run or another incarnation")
-            if header.kind is Kind.BYE:
-                self._stripe_ended(None)
-                return
-            self._receive(stripe, header, scratch)
-            stripe.bytes_received += frames.HEADER_BYTES + header.length
-
-    def _stripe_ended(self, error: OSError | None) -> None:
-        """A stripe ended between two frames. The link dies with the last one: what has arrived on the others counts.
-
-        After a BYE the others may still carry frames. After an error they are read to the end of what is here already,
-        so that a peer that dies when it is done takes nothing with it.
-        """
-        with self._condition:
-            self._ended += 1
-            self._end = self._end or error
-            last = self._ended == len(self.stripes)
-        if last:
-            raise self._end or EndOfStream("closed by the peer in good order")
-        for stripe in self.stripes if error is not None else []:
-            with contextlib.suppress(OSError):
-                stripe.socket.shutdown(socket.SHUT_RD)
-
-    def _receive(self, stripe: Stripe, header: Header, scratch: Scratch) -> None:
-        sink = self._hooks.route(self, header, scratch)
-        if sink is None:
-            self.stale_frames += header.kind in (Kind.SCATTER, Kind.GATHER)
-            drain(stripe.socket, header.length, scratch.raw)
-            return
-        arrived = False
-        try:
-            got = receive_into(stripe.socket, sink.view, sink.lease)
-            if got == header.length:
-                if frames.checksum(sink.view) != header.checksum:
-                    raise FrameError(f"payload checksum mismatch in chunk {header.chunk}")
-                sink.finish(frames.HEADER_BYTES + got)
-                arrived = True
         finally:
-            if not arrived:
-                sink.cancel()
-            sink.lease.release()
-        if not arrived:  # taken back while it arrived: the stream goes on after it
-            self.stale_frames += 1
-            drain(stripe.socket, header.length - got, scratch.raw)
+            if self.failure is not None and threading.current_thread() is self._threads[-1]:
+                self._abandon_all()
+
+
+def _read(sock: socket.socket, view: memoryview, flags: int) -> int:
+    count = sock.recv_into(view, 0, flags)
+    if not count:
+        raise EndOfStream("the peer closed the connection")
+    return count
+
+
+def _deliver(sink: Sink, header: Header) -> None:
+    """Verify a payload and hand it on."""
+    arrived = False
+    try:
+        if header.checked and frames.checksum(sink.view) != header.checksum:
+            raise FrameError(f"payload checksum mismatch in chunk {header.chunk}")
+        sink.finish(HEADER_BYTES + header.length, header.checksum)
+        arrived = True
+    finally:
+        if not arrived:
+            sink.cancel()
+        sink.lease.release()

@@ -50,7 +50,7 @@ class Start:
     shares: for each contributor, the part of the elements that it owns (reduces); non-negative, sums to 1.
         0 keeps a contributor from owning anything: so a pair that cannot talk never needs to.
     multipliers, divisor: float32 scalars; the result is (sum over i of multipliers[i] * x[i]) / divisor.
-    pattern: "direct" (every contributor sends to each owner), "ring" (partial sums and results travel along `order`), or
+    pattern: "direct" (every contributor sends to each owner), "ring" (sums and results travel along `order`), or
         "tree" (along `parents`, for graphs of reachable pairs in which no owner reaches everybody).
     order: ring only; indices of the contributors around it. parents: tree only; for each contributor the index of the
         one above it, -1 for the root.

@@ -30,6 +30,7 @@ class LinkOptions:
     path_timeout: seconds without any acknowledgement, while data is being retransmitted, after which a path is cut.
     congestion_control: per socket, None for the system's; a name that the kernel lacks is a ValueError.
     send_buffer, receive_buffer: bytes, None for the kernel's own tuning. keepalive: idle seconds, interval, probes.
+    checksum: xxh3 of every payload, made by the sender and verified by the receiver; headers always have one.
     pool_bytes: early contributions kept per attempt before their turn. parked_links, parked_seconds: bounds on links
     from peers that this one has not been told of yet. half_open: connections that may be in their handshake at once.
     """
@@ -44,6 +45,7 @@ class LinkOptions:
     receive_buffer: int | None = None
     keepalive: tuple[int, int, int] = (1, 1, 3)
     pool_bytes: int = 32 << 20
+    checksum: bool = True
     parked_links: int = 64
     parked_seconds: float = 60.0
     half_open: int = 64
@@ -175,6 +177,15 @@ def tune_data(sock: socket.socket, options: LinkOptions) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
+
+
+def path_silence(sock: socket.socket) -> float:
+    """Seconds since the other side last acknowledged anything, if data is being retransmitted in vain; else 0."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+    except OSError:
+        return 0.0
+    return int.from_bytes(info[56:60], "little") / 1000 if info[2] >= 3 else 0.0
 
 
 def shut(sock: socket.socket) -> None:

@@ -30,7 +30,7 @@ from plane import (
 )
 from xxhash import xxh3_128_hexdigest
 
-from collectives import Done, Failed, Group, LinkOptions, Member, Progress, frames
+from collectives import Done, Failed, Group, LinkOptions, Member, Progress, frames, patterns
 from collectives.frames import Hello, Kind, Purpose
 from collectives.sockets import parse_address, receive_into
 
@@ -441,9 +441,7 @@ def test_a_peer_that_stalls_with_a_frame_half_sent_holds_nobodys_memory() -> Non
 
 
 def chunks_of(start: Any, group: Group) -> Any:
-    from collectives.exchange import partition
-
-    return partition(start.elements, start.shares, group.options.chunk_bytes // 4)
+    return patterns.chunks_of(start, group.options.chunk_bytes)
 
 
 def assert_whole_frames(caller: socket.socket, source_was: int) -> None:

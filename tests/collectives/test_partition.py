@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plane import make_start
 
 from collectives import Member
-from collectives.exchange import check, partition
+from collectives.patterns import check, partition
 
 ME = Member(name="a", incarnation=1)
 YOU = Member(name="b", incarnation=2)
@@ -47,10 +47,24 @@ def test_follows_the_shares(elements: int, weights: list[int]) -> None:
     ("changes", "message"),
     [
         ({"run": "other"}, "other"),
-        ({"pattern": "ring"}, "pattern='direct'"),
-        ({"dtype": "float64"}, "float32"),
-        ({"op": "max"}, "op='sum'"),
-        ({"wire": "int4"}, "bf16"),
+        ({"pattern": "star"}, "pattern of"),
+        ({"pattern": "ring"}, "order must name"),
+        ({"pattern": "ring", "order": (0, 0)}, "order must name"),
+        ({"pattern": "ring", "order": (0, 1), "wire": "bf16"}, "lossless"),
+        ({"pattern": "tree", "parents": (-1, -1)}, "the one above it"),
+        ({"pattern": "tree", "parents": (1, 0)}, "the one above it"),
+        ({"pattern": "tree", "parents": (-1, 0)}, "share must be 1"),
+        ({"dtype": "float16"}, "a dtype"),
+        ({"dtype": "float64"}, "'raw'"),
+        ({"dtype": "int32", "wire": "raw", "divisor": 2.0}, "floating point"),
+        ({"op": "max", "multipliers": (2.0, 1.0)}, "only sums"),
+        ({"op": "median"}, "an op"),
+        ({"op": "all_gather"}, "needs segments"),
+        ({"op": "broadcast"}, "share 1"),
+        ({"segments": (1, 2)}, "sum to"),
+        ({"wire": "int3"}, "bf16"),
+        ({"gather_wire": "int3"}, "bf16"),
+        ({"chunk_bytes": 100}, "multiple of 64"),
         ({"contributors": (YOU, ME)}, "sorted"),
         ({"contributors": (YOU,), "shares": (1.0,), "multipliers": (1.0,)}, "no member"),
         ({"shares": (1.0,)}, "one entry"),
