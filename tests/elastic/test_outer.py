@@ -127,6 +127,30 @@ def test_diloco_is_the_papers_algorithm_to_the_bit(run: Run) -> None:
         assert (state_hash, number) == (results[0][1], 7)
 
 
+@pytest.mark.parametrize("wire, gather_wire", [("bf16", ""), ("int8", ""), ("int4", "int8"), ("e3m0", "int8")])
+def test_in_a_lossy_wire_all_peers_still_hold_the_same_bits(run: Run, wire: str, gather_wire: str) -> None:
+    run.policy = RunPolicy(min_peers=3, quorum=1.0, rounds=3)
+
+    def train(peer: Peer) -> str:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        with DiLoCo(model, inner, peer, sync_every=2, wire=wire) as loop:
+            assert loop.spec.gather_wire == gather_wire
+            while not loop.finished:
+                steps(model, inner, 1)
+        assert torch.isfinite(model.x).all() and model.x.abs().sum() > 0
+        return loop.version.state_hash
+
+    assert len(set(run.together(train, run.several(3)))) == 1
+
+
+@pytest.mark.parametrize("wire", ["raw", "f31"])
+def test_a_wire_that_carries_no_float32_is_refused(run: Run, wire: str) -> None:
+    peer, model = run.join("p0"), Quadratic(torch.zeros(4))
+    with pytest.raises(ConfigurationError, match=f"wire '{wire}' is not one of"):
+        DiLoCo(model, inner_of(model), peer, wire=wire)
+
+
 def test_one_peer_with_lr_1_and_no_momentum_trains_as_if_alone(run: Run) -> None:
     run.policy = RunPolicy(rounds=4)
     peer = run.join("p0")
