@@ -22,7 +22,7 @@ MAX_PAYLOAD = 16 << 20
 _BODY = struct.Struct("<IBBHQQQQQQIIIIQ")
 _TRAILER = struct.Struct("<Q")
 HEADER_BYTES = _BODY.size + _TRAILER.size
-_UNCHECKED = 1  # a flag: the payload has no checksum
+_UNCHECKED, _SHARED = 1, 2  # flags: the payload has no checksum; it lies in a slot and not behind the header
 _HELLO = struct.Struct("<QQIHHB7x")
 
 
@@ -46,6 +46,9 @@ class Kind(enum.IntEnum):
     PART = 11  # the range
     MISSING = 12  # there is no such blob here
     CREDIT = 13  # "so many of your parts have been added: send more"; chunk: how many
+    MEMORY = 14  # "my payloads may lie in this memory"; payload: how to find it (shared.Outbox.announcement)
+    MAPPED = 15  # the answer; chunk: 1 if it is mapped, 0 if it cannot be
+    SLOTS = 16  # "there are free slots in your memory again"
 
 
 class Refusal(enum.IntEnum):
@@ -66,7 +69,8 @@ class Purpose(enum.IntEnum):
 class Header(NamedTuple):
     """One frame's header. `run` and `tag` are xxh3-64 of the names; `length` counts payload bytes.
 
-    checked: `checksum` is that of the payload; without, the sender has made none.
+    checked: `checksum` is that of the payload; without, the sender has made none. slot: where in the sender's memory
+    the payload lies; -1 if it follows the header.
     """
 
     kind: Kind
@@ -81,6 +85,7 @@ class Header(NamedTuple):
     length: int
     checksum: int
     checked: bool = True
+    slot: int = -1
 
     @property
     def key(self) -> Key:
@@ -126,6 +131,7 @@ def encode(
     length: int = 0,
     digest: int = 0,
     checked: bool = True,
+    slot: int = -1,
 ) -> bytes:
     """The header's bytes. Numbers that do not fit raise FrameError."""
     generation, epoch, tag, round_, attempt = key
@@ -136,7 +142,7 @@ def encode(
             MAGIC,
             VERSION,
             kind,
-            0 if checked else _UNCHECKED,
+            (0 if checked else _UNCHECKED) | (_SHARED if slot >= 0 else 0),
             run,
             tag,
             generation,
@@ -146,7 +152,7 @@ def encode(
             attempt,
             chunk,
             length,
-            0,
+            max(slot, 0),
             digest,
         )
     except struct.error as error:
@@ -173,7 +179,7 @@ def decode(data: bytes | bytearray | memoryview) -> Header:
         attempt,
         chunk,
         length,
-        spare,
+        slot,
         sum_,
     ) = _BODY.unpack(body)
     if magic != MAGIC:
@@ -182,12 +188,25 @@ def decode(data: bytes | bytearray | memoryview) -> Header:
         raise FrameError(f"frame version {version}, this side speaks {VERSION}: install the same release on both")
     if _TRAILER.unpack(memoryview(data)[_BODY.size :])[0] != xxh3_64_intdigest(body):
         raise FrameError("header checksum mismatch")
-    if kind not in _KINDS or flags & ~_UNCHECKED or spare:
+    shared = bool(flags & _SHARED)
+    if kind not in _KINDS or flags & ~(_UNCHECKED | _SHARED) or (slot and not shared):
         raise FrameError(f"unknown frame kind {kind} or flags {flags}")
     if length > MAX_PAYLOAD:
         raise FrameError(f"payload of {length} bytes exceeds {MAX_PAYLOAD}")
     return Header(
-        _KINDS[kind], run, tag, generation, incarnation, epoch, round_, attempt, chunk, length, sum_, not flags
+        _KINDS[kind],
+        run,
+        tag,
+        generation,
+        incarnation,
+        epoch,
+        round_,
+        attempt,
+        chunk,
+        length,
+        sum_,
+        not flags & _UNCHECKED,
+        slot if shared else -1,
     )
 
 

@@ -31,6 +31,7 @@ class LinkOptions:
     congestion_control: per socket, None for the system's; a name that the kernel lacks is a ValueError.
     send_buffer, receive_buffer: bytes, None for the kernel's own tuning. keepalive: idle seconds, interval, probes.
     checksum: xxh3 of every payload, made by the sender and verified by the receiver; headers always have one.
+    shared_memory: payloads between peers on one host go through memory that both map, if both sides have this on.
     pool_bytes: early contributions kept per attempt before their turn. parked_links, parked_seconds: bounds on links
     from peers that this one has not been told of yet. half_open: connections that may be in their handshake at once.
     """
@@ -46,6 +47,7 @@ class LinkOptions:
     keepalive: tuple[int, int, int] = (1, 1, 3)
     pool_bytes: int = 32 << 20
     checksum: bool = True
+    shared_memory: bool = True
     parked_links: int = 64
     parked_seconds: float = 60.0
     half_open: int = 64
