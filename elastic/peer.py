@@ -75,7 +75,7 @@ from .messages import (
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .shards import Layout, ShardReader
-from .tensors import Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
+from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -195,10 +195,10 @@ class _Call:
     timeout: float | None
     _room: torch.Tensor | None = None
 
-    def room(self, elements: int) -> torch.Tensor:
+    def room(self, elements: int, reserve: Reserve) -> torch.Tensor:
         if self._room is None or self._room.numel() != elements:
             self._room = None  # let go of it before there is another
-            self._room = self.staged.buffer(elements)
+            self._room = self.staged.buffer(elements, reserve)
         return self._room
 
 
@@ -258,6 +258,7 @@ class Peer:
         self._lease_questions = 0
         folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
         self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
+        self._reserve = Reserve()
         self.group = _group(self, where.coordinator, listen, advertise, stripes, observe, env)
         self._control = Control(
             where.coordinator,
@@ -305,6 +306,7 @@ class Peer:
         self._control.close()
         self.group.close()
         self.events.close()
+        self._reserve.clear()
 
     def __enter__(self) -> Peer:
         return self
@@ -422,7 +424,7 @@ class Peer:
         def buffers(begin: Begin) -> Buffers:
             low, high = segment_of(begin, self.name)
             whole = begin.start.op != "reduce_scatter"
-            return call.staged.flat, call.room(begin.start.elements if whole else high - low)
+            return call.staged.flat, call.room(begin.start.elements if whole else high - low, self._reserve)
 
         finished, begin, flat = self._collect(call, buffers)
         low, high = segment_of(begin, self.name)
@@ -452,7 +454,7 @@ class Peer:
         call = _Call(staged, spec, 1.0, tag, timeout)
 
         def buffers(begin: Begin) -> Buffers:
-            whole = call.room(begin.start.elements)
+            whole = call.room(begin.start.elements, self._reserve)
             if begin.start.op == "all_gather":
                 return staged.flat, whole
             low, high = segment_of(begin, self.name)
@@ -470,7 +472,7 @@ class Peer:
         `contributors` says who met. Errors: as for `all_reduce`.
         """
         call = self._reduction("barrier", torch.empty(0), "sum", None, None, 1.0, tag, timeout)
-        finished, _, _ = self._collect(call, lambda _: (call.staged.flat, call.room(0)))
+        finished, _, _ = self._collect(call, lambda _: (call.staged.flat, call.room(0, self._reserve)))
         return Finished(**finished)
 
     def _reduction(
@@ -493,7 +495,10 @@ class Peer:
         return _Call(staged, spec_of(algorithm, op, staged, wire, gather_wire=gather_wire), weight, tag, timeout)
 
     def _all_reduce(self, call: _Call, source: torch.Tensor) -> Reduced:
-        finished, _, flat = self._collect(call, lambda begin: (source, call.room(begin.start.elements)))
+        def buffers(begin: Begin) -> Buffers:
+            return source, call.room(begin.start.elements, self._reserve)
+
+        finished, _, flat = self._collect(call, buffers)
         flat = call.staged.like(flat)
         tensors = call.staged.pieces(flat)
         return Reduced(**finished, tensor=tensors[0] if call.staged.single else flat, tensors=tensors)

@@ -24,6 +24,8 @@ PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
 PLANNED_AT_ALL = 64
 STEADY = 1.25  # a measurement that moved by less is as good as the one before
 FAR = 2e-3  # seconds of round trip from which chunks are cut finer
+NEAR = 1e-3  # seconds of round trip up to which hosts are in one room
+LARGE = 8 << 20  # bytes from which a ring costs near hosts less than its hops: each has two links to serve, not all
 FAST = 100e6  # bytes/s
 FASTEST = 500e6  # bytes/s: above this, hosts and not paths set the pace, and nothing is to be planned
 FINE, FINER = 256 << 10, 128 << 10
@@ -120,6 +122,9 @@ class Routes:
         measured = any(pair in self._links for pair in _pairs(job.names))
         if not measured or len(job.names) > PLANNED_AT_ALL:
             return simple(job.names, job.cuts)
+        if job.lossless and job.nbytes >= LARGE and len(job.names) > 2 and self._near(job):
+            count = len(job.names)
+            return Plan(names=job.names, pattern="ring", shares=(1 / count,) * count, order=tuple(range(count)))
         return self._planner.plan(
             self._matrix(job.names, job.cuts),
             nbytes=job.nbytes,
@@ -127,6 +132,11 @@ class Routes:
             scatter_factor=job.scatter,
             gather_factor=job.gather,
         )
+
+    def _near(self, job: Job) -> bool:
+        """All are in one room, on a network that is faster than they are."""
+        links = [self._links.get(pair) for pair in _pairs(job.names)]
+        return not job.cuts and all(link and 0 < link.rtt < NEAR and link.goodput >= FASTEST / STEADY for link in links)
 
     def _matrix(self, names: tuple[str, ...], cuts: frozenset[Pair]) -> Matrix:
         unknown = LinkReport(peer="")

@@ -7,11 +7,14 @@ of their own width, so that a sum is rounded once. What is only moved travels as
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
@@ -31,6 +34,8 @@ _MOVED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OWN_WIRES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _MANY = 8  # tensors whose shapes are named one by one when they differ
 _PIECE = 1 << 18
+_WORTH_KEEPING = 1 << 20  # bytes
+_LINE = 64  # bytes of a cache line
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
@@ -64,9 +69,11 @@ class Staged:
         """The flat tensor in memory that the caller cannot change."""
         return self.flat if self.copied else self.flat.clone()
 
-    def buffer(self, elements: int) -> torch.Tensor:
+    def buffer(self, elements: int, reserve: Reserve) -> torch.Tensor:
         """Room for so many results."""
-        return torch.empty(elements, dtype=self.flat.dtype, pin_memory=self.device.type == "cuda")
+        if self.device.type == "cuda":
+            return torch.empty(elements, dtype=self.flat.dtype, pin_memory=True)
+        return reserve.take(elements, self.flat.dtype)
 
     def like(self, flat: torch.Tensor) -> torch.Tensor:
         """Results, flat, in the dtype and on the device of what was staged; the same memory where nothing changes."""
@@ -83,6 +90,42 @@ class Staged:
         """Views of a flat result, in the shapes of what was staged."""
         parts = torch.split(flat, [shape.numel() for shape in self.shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+
+class Reserve:
+    """Memory of results that nobody holds any more, kept for the next ones.
+
+    The system takes large memory back at once and hands it out page by page: on a fast network that costs as much as
+    the exchange. So the memory of up to two results stays with the peer, until results of another size need it.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[Any] = deque(maxlen=2)
+
+    def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any content. Its memory comes back when the last tensor that shares it is gone."""
+        nbytes = elements * dtype.itemsize
+        if nbytes < _WORTH_KEEPING:
+            return torch.empty(elements, dtype=dtype)
+        base = self._fitting(nbytes + _LINE)
+        skip = -base.ctypes.data % _LINE
+        lent = base[skip : skip + nbytes]
+        weakref.finalize(lent, self._free.append, base).atexit = False
+        return torch.from_numpy(lent).view(dtype)
+
+    def _fitting(self, nbytes: int) -> Any:
+        for _ in range(len(self._free)):
+            try:
+                base = self._free.popleft()
+            except IndexError:
+                break
+            if base.nbytes == nbytes:
+                return base
+        return np.empty(nbytes, dtype=np.uint8)
+
+    def clear(self) -> None:
+        """Keep nothing, from now on."""
+        self._free = deque(maxlen=0)
 
 
 def stage(tensors: Tensors, *, reduced: bool) -> Staged:

@@ -163,3 +163,19 @@ def test_results_and_parts_are_weighed_by_their_wires() -> None:
     assert (job.scatter, job.gather, job.lossless, job.cuts) == (0.125, 0.25, False, {frozenset("ab")})
     assert job.nbytes == 1 << 23 and job_of(replace(SPEC, elements=(1 << 20) + 9), ("a", "b"), []).nbytes == job.nbytes
     assert spread(("a",), (), "a").shares == (1.0,)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_near_hosts_pass_large_sums_around_a_ring(slow: bool) -> None:
+    """In one room the hosts set the pace; one link that is no part of the room ends that."""
+    routes = Routes()
+    for name in NAMES:
+        routes.learn(name, links(6e8, rtt=2e-4), NAMES)
+    if slow:
+        routes.learn(NAMES[0], [LinkReport(peer=NAMES[1], goodput=1e7, rtt=2e-2)], NAMES)
+    large, small = (replace(SPEC, elements=elements) for elements in (4 << 20, 1 << 10))
+    ring = routes.find(large, NAMES, ())
+    assert (ring.pattern == "ring" and ring.order == tuple(range(len(NAMES))) and len(set(ring.shares)) == 1) != slow
+    assert routes.find(small, NAMES, ()).pattern == "direct"
+    assert routes.find(replace(large, wire="bf16"), NAMES, ()).pattern == "direct"
+    assert routes.find(large, NAMES, [frozenset(NAMES[:2])]).pattern == "direct"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic.errors import ConfigurationError
-from elastic.tensors import check_finite, gathered_in, stage, wires_of
+from elastic.tensors import Reserve, check_finite, gathered_in, stage, wires_of
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NUMBERS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int16]
@@ -100,3 +100,21 @@ def test_the_first_number_that_a_quantised_wire_has_not_is_named(bad: float, at:
             check_finite(numbers, wire, "p1")
         assert isinstance(error.value, ValueError) and error.value.peer == "p1"
         check_finite(numbers[:at], wire, "p1")
+
+
+def test_memory_of_large_results_serves_again_once_nobody_holds_it() -> None:
+    reserve = Reserve()
+    first = reserve.take(1 << 20, torch.float32)
+    where, view = first.data_ptr(), first[5:].view(-1)
+    assert not where % 64 and first.numel() == 1 << 20 and first.dtype is torch.float32
+    del first
+    other = reserve.take(1 << 20, torch.float32)
+    assert other.data_ptr() != where, "a view still holds it"
+    view.fill_(7.0)
+    del view
+    again = reserve.take(1 << 19, torch.float64)
+    assert again.data_ptr() == where, "the same bytes, for other numbers"
+    assert reserve.take(10, torch.int16).numel() == 10
+    del again
+    reserve.clear()
+    assert reserve.take(1 << 20, torch.float32).numel() == 1 << 20
