@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,14 @@ def test_a_raising_observer_fails_the_attempt() -> None:
     with groups(2, observe=observe) as made:
         start = make_start([group.member for group in made], 1000)
         sources = sources_of(made, 1000)
-        outcomes, _ = run_all(made, start, sources)
+
+        def attempt(group: Group) -> Done | Failed:
+            outcome = group.run(start, sources[group.member.name], torch.empty(1000))
+            for other in made:  # as a coordinator would: a member that has failed sends no more
+                other.abort(make_abort(start))
+            return outcome
+
+        outcomes = together(*(partial(attempt, group) for group in made))
         assert any(isinstance(outcome, Failed) and "boom" in outcome.reason for outcome in outcomes)
 
 
