@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64, xxh3_128_hexdigest
 
 from collectives import frames
 from collectives.frames import FrameError, Header, Kind
-from collectives.links import Array, Link, Outgoing, Pool
+from collectives.links import PIECE, Array, Link, Outgoing, Pool
 from collectives.patterns import LOSSLESS, Chunk, chunks_of, result_span, route, source_span
 from collectives.records import Abort, LinkFailure, LinkRecord, Member, OperationRecord, Progress, Start
 from collectives.sockets import Lease, LinkOptions
@@ -39,14 +39,15 @@ _PIECE = 1 << 15  # numbers that are scaled at once: what they pass through stay
 _UFUNCS: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
 
 
+Observer = Callable[[Progress], None]
+
+
 class Host(Protocol):
     """What an attempt needs from its group."""
 
     options: LinkOptions
     pool: Pool
-
-    def observe(self, progress: Progress) -> None:
-        """Report progress."""
+    observer: Observer | None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,19 +92,53 @@ class Peer:
 
 
 class Part:
-    """The place of one chunk's payload while it arrives (a links.Sink). early: it came before its turn."""
+    """The place of one chunk's payload while it arrives (a links.Sink).
 
-    __slots__ = ("_attempt", "buffer", "early", "header", "lease", "peer", "view")
+    early: it came before its turn, and is kept whole. streamed: it is added piece by piece as it comes, and `hasher`
+    takes in the sums; if the part's checksum turns out wrong, the attempt fails, and with it what was added.
+    """
 
-    def __init__(self, attempt: Attempt, peer: Peer, header: Header, view: memoryview | None, early: bool) -> None:
+    __slots__ = ("_attempt", "buffer", "early", "hasher", "header", "lease", "peer", "streamed", "view")
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        peer: Peer,
+        header: Header,
+        view: memoryview | None,
+        *,
+        early: bool = False,
+        streamed: bool = False,
+    ) -> None:
         self.lease = attempt.lease
-        self.peer, self.header, self.early = peer, header, early
+        self.peer, self.header, self.early, self.streamed = peer, header, early, streamed
+        self.hasher = xxh3_64() if streamed else None
         self.buffer: memoryview | None = None
         if view is None:
             self.buffer = attempt.host.pool.take()
             view = self.buffer[: header.length]
         self.view = view
         self._attempt = attempt
+
+    def room(self, got: int) -> memoryview:
+        if not self.streamed:
+            return self.view[got : got + PIECE]
+        return self.view[got % PIECE : min(PIECE, self.header.length - got + got % PIECE)]
+
+    def filled(self, stop: int) -> None:
+        if self.streamed and (not stop % PIECE or stop == self.header.length):
+            self._attempt.absorb(self, (stop - 1) // PIECE * PIECE, stop)
+
+    def accept(self, payload: memoryview, start: int, stop: int) -> None:
+        """Added from there, or decoded from there in the end; what is to stay is copied."""
+        if not self.streamed and (self.early or self.buffer is None):
+            into = np.frombuffer(self.view[start:stop], dtype=np.uint8)
+            np.copyto(into, np.frombuffer(payload[start:stop], dtype=np.uint8))
+            return
+        self._attempt.dispose(self)
+        self.view = payload[start:stop] if self.streamed else payload
+        if self.streamed:
+            self._attempt.absorb(self, start, stop)
 
     def finish(self, nbytes: int, digest: int) -> None:
         self._attempt.arrived(self, nbytes, digest)
@@ -146,6 +181,7 @@ class Attempt:
         self._reduced: list[int] = []
         self._letters: list[tuple[Link, list[Outgoing]]] = []
         self._digests = np.zeros(len(self.chunks), dtype=np.uint64)
+        self._hashed = [False] * len(self.chunks)
         self._scattered = False
         self._expected = sum(peer.expected for peer in self.peers.values())
         self._received = 0
@@ -445,10 +481,14 @@ class Attempt:
             numbers=numbers,
             wire=self._gather_wire if gather else self._wire,
             lease=self.lease,
-            digest=int(self._digests[index]) if gather and self.host.options.checksum else None,
+            digest=int(self._digests[index]) if self._is_hashed(kind, index) else None,
             sent=sent,
             refused=partial(self._refused, chunk.start),
         )
+
+    def _is_hashed(self, kind: Kind, index: int) -> bool:
+        """The checksum of what is to be sent is known."""
+        return self.host.options.checksum and (kind is Kind.GATHER or self._hashed[index])
 
     def _is_source(self, chunk: Chunk) -> bool:
         """What goes up is the source itself: nothing was added to it here, nor was it multiplied."""
@@ -483,7 +523,7 @@ class Attempt:
             if peer.link is not link or not self._claim(peer, header):
                 return None
             if header.kind is Kind.GATHER:
-                part = Part(self, peer, header, self._room(chunk, self._gather_wire), early=False)
+                part = Part(self, peer, header, self._room(chunk, self._gather_wire))
             else:
                 part = self._place_term(peer, header, chunk)
         if self.lease.acquire():
@@ -520,8 +560,15 @@ class Attempt:
     def _place_term(self, peer: Peer, header: Header, chunk: Chunk) -> Part:
         index, position = header.chunk, self.routes[chunk.owner].terms.index(peer.index)
         early = self._turn[index] != position
-        first = position == 0 and not early
-        return Part(self, peer, header, self._room(chunk, self._wire) if first else None, early)
+        streamed = not early and self._wire is None and (position > 0 or self._own_next(chunk, position))
+        in_place = position == 0 and not early and not streamed
+        view = self._room(chunk, self._wire) if in_place else None
+        return Part(self, peer, header, view, early=early, streamed=streamed)
+
+    def _own_next(self, chunk: Chunk, position: int) -> bool:
+        """The term after this one is this member's own: both are added in one pass."""
+        terms = self.routes[chunk.owner].terms
+        return position + 1 < len(terms) and terms[position + 1] == self.me
 
     def _own_first(self, chunk: Chunk) -> bool:
         """The first term is this member's own: it is added together with the second."""
@@ -553,6 +600,8 @@ class Attempt:
         index = part.header.chunk
         if part.header.kind is Kind.GATHER:
             self._take_result(index, part, digest)
+        elif part.streamed:
+            self._absorbed(index, part)
         elif not self._park(part):
             self._add(index, part)
             self._advance(index)
@@ -582,20 +631,22 @@ class Attempt:
         return self.routes[self.chunks[index].owner].terms.index(who)
 
     def _count(self, peer: Peer, nbytes: int) -> None:
-        with self.condition:
-            self._received += 1
-            received = self._received
-        try:
-            self.host.observe(
-                Progress(identity=self.start.identity, chunks_received=received, chunks_expected=self._expected)
-            )
-        except Exception as error:
-            self.stop(f"the observe hook raised {type(error).__name__}: {error}")
+        if self.host.observer is not None:
+            self._tell(self.host.observer)
         with self.condition:
             peer.expected -= 1
             peer.bytes_received += nbytes
             if not peer.expected:
                 self.condition.notify_all()
+
+    def _tell(self, observer: Observer) -> None:
+        with self.condition:
+            self._received += 1
+            received = self._received
+        try:
+            observer(Progress(identity=self.start.identity, chunks_received=received, chunks_expected=self._expected))
+        except Exception as error:
+            self.stop(f"the observe hook raised {type(error).__name__}: {error}")
 
     # Reducing. Whoever holds a chunk's turn is alone with it.
 
@@ -610,12 +661,47 @@ class Attempt:
             if turn == len(terms):
                 self._complete(index)
                 return
+            self._hashed[index] = False
             if terms[turn] == self.me:
                 self._add_own(index)
             elif part is not None:
                 self._add(index, part)
             else:
                 return
+
+    def absorb(self, part: Part, start: int, stop: int) -> None:
+        """Add the bytes [start, stop) of a part that arrives in its turn, and this member's own if that is next."""
+        chunk, position = self.chunks[part.header.chunk], self._position(part.header.chunk, part.peer.index)
+        size = self._result.itemsize
+        piece = slice(start // size, stop // size)
+        numbers: Array = np.frombuffer(part.view[: stop - start], dtype=self._result.dtype)
+        out, multiplier = self._place(chunk)[piece], self._multipliers[part.peer.index] if self._direct else None
+        if position == 1 and self._own_first(chunk):
+            base = self._own(chunk)[piece]
+            if not self._own_is_plain:
+                self._accumulate(0, base, out, out, self._own_multiplier)
+                base = out
+            self._accumulate(1, numbers, base, out, multiplier)
+        elif position == 0 and self._own_is_plain and (multiplier is None or multiplier == 1):
+            self._accumulate(1, self._own(chunk)[piece], numbers, out, None)
+        else:
+            self._accumulate(position, numbers, out, out, multiplier)
+            if self._own_next(chunk, position):
+                self._accumulate(position + 1, self._own(chunk)[piece], out, out, self._own_multiplier)
+        if part.hasher is not None and self.host.options.checksum:
+            part.hasher.update(out.data.cast("B"))
+
+    def _absorbed(self, index: int, part: Part) -> None:
+        """The whole part has been added and verified."""
+        self.dispose(part)
+        self._credit(part.peer)
+        if part.hasher is not None:
+            self._digests[index] = part.hasher.intdigest()
+            self._hashed[index] = True
+        if self._own_next(self.chunks[index], self._position(index, part.peer.index)):
+            with self.condition:
+                self._turn[index] += 1
+        self._advance(index)
 
     def _add(self, index: int, part: Part) -> None:
         """Add a contribution that arrived, or a sum of some."""
@@ -694,8 +780,10 @@ class Attempt:
         if self._divisor != 1:
             with np.errstate(all="ignore"):
                 np.divide(out, self._divisor, out=out)
+            self._hashed[index] = False
         if self._gather_wire is None:
-            self._digests[index] = frames.checksum(out.data.cast("B")) if self.host.options.checksum else 0
+            if self.host.options.checksum and not self._hashed[index]:
+                self._digests[index] = frames.checksum(out.data.cast("B"))
             return True
         buffer = self.host.pool.take()
         try:
@@ -714,6 +802,3 @@ def aborted_reason(abort: Abort) -> str:
     """How a Failed names the abort that ended it."""
     lost = f" (left out next: {', '.join(abort.lost)})" if abort.lost else ""
     return f"aborted: {abort.reason}{lost}"
-
-
-Observer = Callable[[Progress], None]

@@ -49,6 +49,7 @@ class Kind(enum.IntEnum):
     MEMORY = 14  # "my payloads may lie in this memory"; payload: how to find it (shared.Outbox.announcement)
     MAPPED = 15  # the answer; chunk: 1 if it is mapped, 0 if it cannot be
     SLOTS = 16  # "there are free slots in your memory again"
+    STRIPES = 17  # "I could use so many stripes", to whoever dialled; chunk: how many
 
 
 class Refusal(enum.IntEnum):
@@ -64,6 +65,7 @@ class Purpose(enum.IntEnum):
     LINK = 1
     FETCH = 2
     PROBE = 3
+    STRIPE = 4  # one more for a link that is there
 
 
 class Header(NamedTuple):

@@ -19,8 +19,9 @@ from collectives import exchange, frames, patterns
 from collectives.exchange import Attempt, Observer, Part
 from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
 from collectives.handshake import Dialling, Porter, Self, probe
-from collectives.links import Array, Link, Pool
+from collectives.links import Array, Link, Outgoing, Pool, Stripe
 from collectives.records import Abort, Done, Failed, Identity, LinkFailure, Member, Progress, Start
+from collectives.shared import MAX_SLOTS
 from collectives.sockets import (
     LinkOptions,
     check_congestion_control,
@@ -32,12 +33,18 @@ from collectives.transfer import Blob, Fetch, Library
 
 _REMEMBERED = 256
 _SERVED = 8
+_SHARED_BYTES = 16 << 20  # of memory for what goes out to peers on this host, all together
 _WILDCARDS = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkStatistics:
-    """One link since it was built. Bytes include headers; `state` is "up" or the evidence of its failure."""
+    """One link since it was built. Bytes include headers; `state` is "up" or the evidence of its failure.
+
+    shared: payloads that go out from here lie in memory shared with the peer. goodput: bytes/s acked while it was busy;
+    rtt: seconds, the shortest lately; 0 until known. retransmits: packets sent again. redialled: stripes that were
+    replaced because they were slow. congestion_control: of the stripes, those that differ joined by "/".
+    """
 
     peer: str
     incarnation: int
@@ -48,6 +55,12 @@ class LinkStatistics:
     seconds_sending: float
     stale_frames: int
     corrupt_frames: int
+    shared: bool = False
+    goodput: float = 0.0
+    rtt: float = 0.0
+    retransmits: int = 0
+    redialled: int = 0
+    congestion_control: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +83,8 @@ class Group:
     """One peer's end of the data plane.
 
     run: name of the training job; name, incarnation: this peer and which life of it (63 bits). listen: "host:port"
-    (port 0: any) or "" to dial out only. advertise: what others dial, if that differs; port 0 stands for
-    the listener's.
+    (port 0: any), several with commas between, or "" to dial out only. advertise: what others dial, if that differs,
+    best first; port 0 stands for the listener's in the same place.
     observe: called from the group's threads after each received chunk; if it raises, that attempt fails.
     on_lost: called, from a thread of its own, for each link to a peer of the current view that has died, whether or
     not an attempt was using it, once the peer's port has been probed.
@@ -95,7 +108,7 @@ class Group:
         self.pool = Pool(options.chunk_bytes, max(1, options.pool_bytes // options.chunk_bytes))
         self._run_name = run
         self._self = Self(frames.name_hash(run), incarnation, options)
-        self._observer: Observer | None = observe
+        self.observer: Observer | None = observe
         self._on_lost = on_lost
         self._lock = threading.RLock()
         self._links: dict[int, Link] = {}
@@ -105,6 +118,7 @@ class Group:
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._parked: OrderedDict[int, _Parked] = OrderedDict()
         self._dials: dict[int, Dialling] = {}
+        self._widening: dict[Link, Dialling] = {}
         self._diallers: set[threading.Thread] = set()
         self._fetches: set[Fetch] = set()
         self._attempts: dict[Key, Attempt] = {}
@@ -114,7 +128,7 @@ class Group:
         self._library = Library(self._self)
         self._porter = Porter(listen, self._self, self)
         try:
-            self.addresses = _addresses(self._porter.port, advertise)
+            self.addresses = _addresses(self._porter.ports, advertise)
         except ValueError:
             self._porter.stop()
             raise
@@ -162,7 +176,7 @@ class Group:
                 if incarnation not in self._dials and self._dials_to(member):
                     self._dial(member)
                 return None
-        return self._establish(member, parked.sockets)
+        return self._establish(member, parked.sockets, parked.ident)
 
     def _dials_to(self, member: Member) -> bool:
         if not member.addresses:
@@ -172,7 +186,7 @@ class Group:
 
     def _dial(self, member: Member) -> None:
         options = self.options
-        dialling = Dialling(self._self, member, Purpose.LINK, options.stripes, options.connect_timeout)
+        dialling = Dialling(self._self, member, Purpose.LINK, options.fixed_stripes, options.connect_timeout)
         thread = threading.Thread(
             target=self._dialled, args=(member, dialling), name=f"dial-{member.name}", daemon=True
         )
@@ -197,7 +211,7 @@ class Group:
                 peer=member.name, incarnation=member.incarnation, evidence=evidence, detail=f"dialling: {error}"
             )
         if failure is None:
-            self._establish(member, sockets, dialled=True)
+            self._establish(member, sockets, dialling.link, dialled=True)
             return
         with self._lock:
             self._dials.pop(member.incarnation, None)
@@ -205,7 +219,9 @@ class Group:
         for attempt in attempts:
             attempt.unreachable(failure)
 
-    def _establish(self, member: Member, sockets: list[socket.socket], *, dialled: bool = False) -> Link | None:
+    def _establish(
+        self, member: Member, sockets: list[socket.socket], ident: int, *, dialled: bool = False
+    ) -> Link | None:
         """A link of these sockets replaces any former one to the same incarnation."""
         link = Link(
             member,
@@ -215,6 +231,8 @@ class Group:
             options=self.options,
             hooks=self,
             pool=self.pool,
+            ident=ident,
+            dialler=dialled,
         )
         with self._lock:
             former = self._links.pop(member.incarnation, None)
@@ -250,6 +268,9 @@ class Group:
             attempt = self._attempts.get(key)
             if attempt is not None:
                 attempt.credited(link, header.chunk)
+            return None
+        if header.kind is Kind.STRIPES and not header.length:
+            link.care.asked = header.chunk
             return None
         if header.kind not in (Kind.SCATTER, Kind.GATHER):
             raise FrameError(f"a {header.kind.name} frame has no place on a link")
@@ -290,10 +311,9 @@ class Group:
             self._diallers.add(thread)
             thread.start()
 
-    def observe(self, progress: Progress) -> None:
-        """Pass progress on to the hook."""
-        if self._observer is not None:
-            self._observer(progress)
+    def slots(self) -> int:
+        """Few where there are many links: all that they share stays within a few megabytes."""
+        return max(2, min(MAX_SLOTS, _SHARED_BYTES // (self.options.chunk_bytes * max(1, len(self._links)))))
 
     # What the porter asks (handshake.House).
 
@@ -305,23 +325,36 @@ class Group:
             return Refusal.GONE, f"incarnation {hello.expected} of {self.member.name} is over"
         if hello.purpose is Purpose.LINK and header.incarnation in self._retired:
             return Refusal.DENIED, "the view no longer contains you"
+        if hello.purpose is Purpose.STRIPE:
+            link = self._links.get(header.incarnation)
+            if link is None or link.ident != hello.link:
+                return Refusal.DENIED, "there is no such link"
         if hello.chunk_bytes != self.options.chunk_bytes:
             return Refusal.DENIED, f"chunk_bytes is {self.options.chunk_bytes} here: use the same on all members"
         return None
 
-    def arrived(self, incarnation: int, sockets: list[socket.socket]) -> None:
+    def joined(self, incarnation: int, link: int, sock: socket.socket) -> None:
+        """One more stripe for a link that is there; `examine` has seen it."""
+        with self._lock:
+            found = self._links.get(incarnation)
+        if found is not None and found.ident == link:
+            found.add(sock)
+        else:
+            sock.close()
+
+    def arrived(self, incarnation: int, link: int, sockets: list[socket.socket]) -> None:
         """A link came in: use it, or keep it until somebody names that incarnation."""
         with self._lock:
             member = self._known.get(incarnation)
             if member is None:
                 former = self._parked.pop(incarnation, None)
-                self._parked[incarnation] = _Parked(sockets, time.monotonic() + self.options.parked_seconds)
+                self._parked[incarnation] = _Parked(sockets, link, time.monotonic() + self.options.parked_seconds)
                 while len(self._parked) > self.options.parked_links:
                     self._parked.popitem(last=False)[1].close()
                 if former is not None:
                     former.close()
                 return
-        self._establish(member, sockets)
+        self._establish(member, sockets, link)
 
     def fetcher(self, sock: socket.socket) -> bool:
         """Somebody wants to fetch."""
@@ -339,7 +372,43 @@ class Group:
                 del self._attempts[key]
         for link in links:
             link.check_path()
+            self._tend(link)
         self._bury(dead)
+
+    def _tend(self, link: Link) -> None:
+        """Give a link the stripes that it should have. In the porter's thread."""
+        if link in self._widening or link.failure is not None:
+            return
+        orders = link.care.look(link.vitals())
+        if orders.ask:
+            link.send(Outgoing(Kind.STRIPES, frames.NO_KEY, orders.ask))
+        for stripe in orders.retire:
+            assert isinstance(stripe, Stripe), "a link's stripes are what it is looked after by"
+            link.retire(stripe)
+        if orders.add and link.member.addresses:
+            self._widen(link, orders.add)
+
+    def _widen(self, link: Link, count: int) -> None:
+        dialling = Dialling(self._self, link.member, Purpose.STRIPE, count, self.options.connect_timeout, link.ident)
+
+        def work() -> None:
+            try:
+                for sock in dialling.connect():
+                    link.add(sock)
+            except (OSError, ValueError):
+                link.care.refused()
+            finally:
+                with self._lock:
+                    self._widening.pop(link, None)
+                    self._diallers.discard(threading.current_thread())
+
+        thread = threading.Thread(target=work, name=f"widen-{link.member.name}", daemon=True)
+        with self._lock:
+            if self._closed:
+                return
+            self._widening[link] = dialling
+            self._diallers.add(thread)
+            thread.start()
 
     def _bury(self, dead: list[Link]) -> None:
         for link in dead:
@@ -554,7 +623,7 @@ class Group:
         time is up, or when the whole does not have this digest.
         """
         reachable = [source for source in sources if source.addresses]
-        fetch = Fetch(self._self, key, reachable, digest, timeout, self.options.stripes)
+        fetch = Fetch(self._self, key, reachable, digest, timeout, self._connections(reachable))
         with self._lock:
             self._check_open()
             self._fetches.add(fetch)
@@ -563,6 +632,12 @@ class Group:
         finally:
             with self._lock:
                 self._fetches.discard(fetch)
+
+    def _connections(self, sources: Sequence[Member]) -> int:
+        """How many to fetch by from each source: as many as the links to them have come to."""
+        with self._lock:
+            links = [self._links.get(source.incarnation) for source in sources]
+        return self.options.fixed_stripes or max(2, *(len(link.stripes) for link in links if link is not None), 2)
 
     # The end.
 
@@ -591,7 +666,7 @@ class Group:
                 return
             self._closed = True
             attempts, fetches = list(self._attempts.values()), list(self._fetches)
-            dials, threads = list(self._dials.values()), list(self._diallers)
+            dials, threads = [*self._dials.values(), *self._widening.values()], list(self._diallers)
         for attempt in attempts:
             attempt.stop("the group was closed")
         for fetch in fetches:
@@ -631,6 +706,7 @@ class _Parked:
     """A link of an incarnation that nobody has named yet."""
 
     sockets: list[socket.socket]
+    ident: int
     deadline: float
 
     def close(self) -> None:
@@ -663,6 +739,12 @@ def _link_statistics(link: Link) -> LinkStatistics:
         seconds_sending=sum(stripe.seconds_sending for stripe in stripes),
         stale_frames=link.stale_frames,
         corrupt_frames=link.corrupt_frames,
+        shared=link.sharing.usable,
+        goodput=link.care.gauge.goodput,
+        rtt=link.care.gauge.rtt,
+        retransmits=link.retransmits,
+        redialled=link.care.redialled,
+        congestion_control=link.congestion_control,
     )
 
 
@@ -673,12 +755,16 @@ def _check_identity(run: str, name: str, incarnation: int) -> None:
         raise ValueError(f"incarnation {incarnation} is not a positive 63-bit number: use secrets.randbits(63)")
 
 
-def _addresses(port: tuple[str, int] | None, advertise: str | None) -> tuple[str, ...]:
-    if port is None:
+def _addresses(ports: Sequence[tuple[str, int]], advertise: str | None) -> tuple[str, ...]:
+    """What others dial: port 0 stands for that of the listener in the same place, or of the first."""
+    if not ports:
         if advertise is not None:
             raise ValueError("advertise needs a listener: pass listen='host:port', or leave advertise out")
         return ()
-    host, number = parse_address(advertise) if advertise is not None else port
-    if host in _WILDCARDS:
-        raise ValueError(f"nobody can dial {host}: pass advertise='host:port' with the address that others reach")
-    return (format_address(host, number or port[1]),)
+    named = [parse_address(each.strip()) for each in advertise.split(",")] if advertise is not None else list(ports)
+    found = []
+    for index, (host, number) in enumerate(named):
+        if host in _WILDCARDS:
+            raise ValueError(f"nobody can dial {host}: pass advertise='host:port' with the address that others reach")
+        found.append(format_address(host, number or ports[index if len(named) == len(ports) else 0][1]))
+    return tuple(found)

@@ -17,12 +17,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from collectives import frames
 from collectives.frames import HEADER_BYTES, FrameError, Header, Hello, Kind, Purpose, Refusal
 from collectives.records import LinkFailure, Member
 from collectives.sockets import (
+    MOST_STRIPES,
     LinkOptions,
     evidence_of,
     listen_on,
@@ -32,10 +33,13 @@ from collectives.sockets import (
     shut,
     tune_data,
     tune_early,
+    vitals,
 )
+from collectives.tuning import first_count
 
 _GREETING = HEADER_BYTES + Hello.SIZE
 _SWEEP_SECONDS = 0.5
+_STAGGER_SECONDS = 0.25
 
 
 class Refused(OSError):
@@ -55,14 +59,35 @@ class Self:
     options: LinkOptions
 
 
-class Dialling:
-    """Builds the connections to one peer; may be stopped from another thread."""
+@dataclass(slots=True, eq=False)
+class _Try:
+    """One connection that is being built. where: family, kind, protocol and address, as getaddrinfo gives them."""
 
-    def __init__(self, me: Self, member: Member, purpose: Purpose, stripes: int, timeout: float) -> None:
+    order: int
+    address: str
+    where: tuple[Any, ...]
+    begin_at: float
+    socket: socket.socket | None = None
+
+
+class Dialling:
+    """Builds the connections to one peer; may be stopped from another thread.
+
+    stripes: how many, None for as many as suit the path. link: the link that they are added to, None for a new one.
+    All addresses of the peer are tried at once, and where a name has several, the others a moment later each ("happy
+    eyeballs", RFC 8305). The first that answers like the peer is used; if more connect in time, stripes are spread.
+    """
+
+    def __init__(
+        self, me: Self, member: Member, purpose: Purpose, stripes: int | None, timeout: float, link: int | None = None
+    ) -> None:
         self._me, self._member, self._purpose, self._stripes = me, member, purpose, stripes
+        self.link = secrets.randbits(63) if link is None else link
         self._deadline = time.monotonic() + timeout
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
+        self._tries: list[_Try] = []
+        self._errors: list[OSError] = []
         self._stopped = False
 
     def stop(self) -> None:
@@ -73,44 +98,123 @@ class Dialling:
                 shut(sock)
 
     def connect(self) -> list[socket.socket]:
-        """Connected, greeted sockets, tuned for data. OSError if no address of the peer gives them in time."""
-        error: OSError = OSError(errno.EHOSTUNREACH, f"{self._member.name} has no address")
+        """Connected, greeted sockets, tuned for data. OSError if no address of the peer gives them in time.
+
+        It says "refused" only if every address has: one of them may be a stranger's.
+        """
+        try:
+            self._resolve()
+            while True:
+                winner = self._race()
+                try:
+                    return self._hand_over(self._join(winner))
+                except (OSError, FrameError) as error:
+                    self._note(winner, error)
+        finally:
+            self._close()
+
+    def _resolve(self) -> None:
+        now = time.monotonic()
         for address in self._member.addresses:
+            host, port = parse_address(address)
             try:
-                return self._connect(address)
-            except (OSError, FrameError) as caught:
-                self._close()
-                error = caught if isinstance(caught, OSError) else OSError(errno.EHOSTUNREACH, f"{address}: {caught}")
-        raise error
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                self._errors.append(error)
+                continue
+            for later, (family, kind, protocol, _, where) in enumerate(found):
+                begin_at = now + later * _STAGGER_SECONDS
+                self._tries.append(_Try(len(self._tries), address, (family, kind, protocol, where), begin_at))
 
-    def _connect(self, address: str) -> list[socket.socket]:
-        host, port = parse_address(address)
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        for _ in range(self._stripes):
-            self._start(socket.socket(family, kind, protocol), where)
-        link = secrets.randbits(63)
-        for index, sock in enumerate(self._sockets):  # all were started at once: the round trips overlap
-            self._finish_connect(sock)
-            sock.sendall(self._hello(index, link))
-        for sock in self._sockets:
-            self._welcome(sock)
-            tune_data(sock, self._me.options)
-        with self._lock:
-            if self._stopped:
-                raise OSError(errno.ECONNABORTED, "stopped")
-            done, self._sockets = self._sockets, []
-        return done
+    def _race(self) -> _Try:
+        """The first of the tries that connects; the others go on."""
+        while self._tries:
+            self._begin_due()
+            pending = [each for each in self._tries if each.socket is not None]
+            for each in self._connected(pending, self._patience()):
+                assert each.socket is not None, "only what was begun connects"
+                code = each.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return each
+                self._note(each, OSError(code, os.strerror(code)))
+        raise self._verdict()
 
-    def _start(self, sock: socket.socket, where: object) -> None:
+    def _begin_due(self) -> None:
+        """Begin what is due, and what comes next if nothing else is on its way."""
+        now = time.monotonic()
+        for each in list(self._tries):
+            idle = all(other.socket is None for other in self._tries)
+            if each.socket is None and (each.begin_at <= now or idle):
+                try:
+                    each.socket = self._open(each.where)
+                except OSError as error:
+                    self._note(each, error)
+
+    def _patience(self) -> float:
+        """Seconds until the next try begins; TimeoutError when the time is up."""
+        coming = [each.begin_at - time.monotonic() for each in self._tries if each.socket is None]
+        return max(0.0, min([remaining(self._deadline), *coming]))
+
+    def _connected(self, pending: list[_Try], patience: float) -> list[_Try]:
+        """Those that have connected, or failed to, the best first."""
+        with selectors.DefaultSelector() as selector:
+            for each in pending:
+                if each.socket is not None:
+                    selector.register(each.socket, selectors.EVENT_WRITE, each)
+            return sorted((key.data for key, _ in selector.select(patience)), key=lambda each: each.order)
+
+    def _note(self, failed: _Try, error: Exception) -> None:
+        """This one will not do."""
+        self._tries.remove(failed)
+        known = isinstance(error, OSError)
+        self._errors.append(error if known else OSError(errno.EHOSTUNREACH, f"{failed.address}: {error}"))  # type: ignore[arg-type]
+
+    def _verdict(self) -> OSError:
+        if not self._errors:
+            return OSError(errno.EHOSTUNREACH, f"{self._member.name} has no address")
+        return next((each for each in reversed(self._errors) if evidence_of(each) != "refused"), self._errors[-1])
+
+    def _open(self, where: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, address = where
+        sock = socket.socket(family, kind, protocol)
         with self._lock:
             self._sockets.append(sock)
             if self._stopped:
                 raise OSError(errno.ECONNABORTED, "stopped")
         tune_early(sock, self._me.options)
         sock.setblocking(False)
-        code = sock.connect_ex(where)  # type: ignore[arg-type]
+        code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
+        return sock
+
+    def _join(self, winner: _Try) -> list[socket.socket]:
+        """Greets on the winner, and builds the other stripes: over every address that has connected by then."""
+        first = winner.socket
+        assert first is not None, "the winner has connected"
+        count = self._stripes or first_count(vitals(first).rtt)
+        alone = len(self._member.addresses) == 1
+        others = [self._open(winner.where) for _ in range(count - 1)] if alone else []
+        self._greet(first, 0, count)
+        if not alone:
+            self._welcome(first)
+            ways = self._ways(winner)
+            others = [self._open(ways[index % len(ways)]) for index in range(1, count)]
+        for index, sock in enumerate(others, 1):  # all were begun at once: the round trips overlap
+            self._finish_connect(sock)
+            self._greet(sock, index, count)
+        for sock in others if not alone else (first, *others):
+            self._welcome(sock)
+        return [first, *others]
+
+    def _ways(self, winner: _Try) -> list[tuple[Any, ...]]:
+        """Where stripes can go: each of the peer's addresses that works now."""
+        found = {winner.address: winner.where}
+        pending = [each for each in self._tries if each.socket is not None and each is not winner]
+        for each in self._connected(pending, 0.0):
+            if each.socket is not None and not each.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                found.setdefault(each.address, each.where)
+        return list(found.values())
 
     def _finish_connect(self, sock: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
@@ -119,15 +223,14 @@ class Dialling:
                 raise TimeoutError(errno.ETIMEDOUT, "no answer to connect")
         if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(code, os.strerror(code))
-        sock.settimeout(remaining(self._deadline))
 
-    def _hello(self, index: int, link: int) -> bytes:
+    def _greet(self, sock: socket.socket, index: int, count: int) -> None:
         hello = Hello(
             expected=self._member.incarnation,
-            link=link,
+            link=self.link,
             chunk_bytes=self._me.options.chunk_bytes,
             stripe=index,
-            stripes=self._stripes,
+            stripes=count,
             purpose=self._purpose,
         ).pack()
         header = frames.encode(
@@ -137,7 +240,8 @@ class Dialling:
             length=len(hello),
             digest=frames.checksum(hello),
         )
-        return header + hello
+        sock.settimeout(remaining(self._deadline))
+        sock.sendall(header + hello)
 
     def _welcome(self, sock: socket.socket) -> None:
         header = read_header(sock, self._deadline)
@@ -149,6 +253,14 @@ class Dialling:
             raise FrameError("the other side does not answer like a peer of this run")
         if header.incarnation != self._member.incarnation:
             raise Refused(Refusal.GONE, "another incarnation answered")
+        tune_data(sock, self._me.options)
+
+    def _hand_over(self, done: list[socket.socket]) -> list[socket.socket]:
+        with self._lock:
+            if self._stopped:
+                raise OSError(errno.ECONNABORTED, "stopped")
+            self._sockets = [sock for sock in self._sockets if sock not in done]
+        return done
 
     def _close(self) -> None:
         with self._lock:
@@ -201,8 +313,11 @@ class House(Protocol):
     def examine(self, header: Header, hello: Hello) -> tuple[Refusal, str] | None:
         """Why this HELLO is refused, or None."""
 
-    def arrived(self, incarnation: int, sockets: list[socket.socket]) -> None:
+    def arrived(self, incarnation: int, link: int, sockets: list[socket.socket]) -> None:
         """All stripes of a link are here."""
+
+    def joined(self, incarnation: int, link: int, sock: socket.socket) -> None:
+        """One more stripe for a link that is there."""
 
     def fetcher(self, sock: socket.socket) -> bool:
         """Somebody wants to fetch; False if there is no room."""
@@ -228,12 +343,24 @@ class _Arrival:
     deadline: float
 
 
+def _listen(addresses: str, options: LinkOptions) -> list[socket.socket]:
+    listeners: list[socket.socket] = []
+    try:
+        for address in filter(None, addresses.split(",")):
+            listeners.append(listen_on(address.strip(), options))
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
 class Porter:
     """One thread: accepts, checks HELLOs, puts stripes together, and keeps the bounds."""
 
     def __init__(self, listen: str, me: Self, house: House) -> None:
         self._me, self._house = me, house
-        self._listener = listen_on(listen) if listen else None
+        self._listeners = _listen(listen, me.options)
         self._visitors: dict[socket.socket, _Visitor] = {}
         self._arrivals: dict[tuple[int, int], _Arrival] = {}
         self._selector = selectors.DefaultSelector()
@@ -241,18 +368,16 @@ class Porter:
         self._bell.setblocking(False)
         self._rope.setblocking(False)
         self._selector.register(self._bell, selectors.EVENT_READ, self._hear)
-        if self._listener is not None:
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        for listener in self._listeners:
+            self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._open = True
         self._thread = threading.Thread(target=self._work, name="porter", daemon=True)
 
     @property
-    def port(self) -> tuple[str, int] | None:
+    def ports(self) -> tuple[tuple[str, int], ...]:
         """Where it listens."""
-        if self._listener is None:
-            return None
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+        names = (listener.getsockname() for listener in self._listeners)
+        return tuple((str(name[0]), int(name[1])) for name in names)
 
     def start(self) -> None:
         self._thread.start()
@@ -275,9 +400,8 @@ class Porter:
                 sock.close()
         self._arrivals.clear()
         self._selector.close()
-        for each in (self._bell, self._rope, self._listener):
-            if each is not None:
-                each.close()
+        for each in (self._bell, self._rope, *self._listeners):
+            each.close()
 
     def _work(self) -> None:
         while self._open:
@@ -337,8 +461,8 @@ class Porter:
             raise FrameError("HELLO checksum mismatch")
         hello = Hello.unpack(payload)
         refusal = self._house.examine(header, hello)
-        if refusal is None and hello.purpose is Purpose.LINK and hello.stripes > 64:
-            refusal = (Refusal.DENIED, "more than 64 stripes")
+        if refusal is None and hello.purpose is Purpose.LINK and hello.stripes > MOST_STRIPES:
+            refusal = (Refusal.DENIED, f"more than {MOST_STRIPES} stripes")
         if refusal is not None:
             self._answer(visitor.socket, Kind.REFUSE, refusal[0], refusal[1].encode())
             self._dismiss(visitor.socket)
@@ -362,13 +486,15 @@ class Porter:
         if hello.purpose is Purpose.PROBE:
             sock.close()
             return
-        tune_early(sock, self._me.options)
         tune_data(sock, self._me.options)
         if hello.purpose is Purpose.FETCH:
             if not self._house.fetcher(sock):
                 sock.close()
             return
-        self._collect(sock, incarnation, hello)
+        if hello.purpose is Purpose.STRIPE:
+            self._house.joined(incarnation, hello.link, sock)
+        else:
+            self._collect(sock, incarnation, hello)
 
     def _collect(self, sock: socket.socket, incarnation: int, hello: Hello) -> None:
         key = (incarnation, hello.link)
@@ -379,7 +505,8 @@ class Porter:
         arrival.stripes[hello.stripe] = sock
         if len(arrival.stripes) == hello.stripes:
             del self._arrivals[key]
-            self._house.arrived(incarnation, [arrival.stripes[index] for index in sorted(arrival.stripes)])
+            sockets = [arrival.stripes[index] for index in sorted(arrival.stripes)]
+            self._house.arrived(incarnation, hello.link, sockets)
         elif len(self._arrivals) > self._me.options.parked_links:
             self._drop(next(iter(self._arrivals)))
 

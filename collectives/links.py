@@ -17,23 +17,44 @@ import socket
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64
 
 from collectives import frames
 from collectives.frames import HEADER_BYTES, FrameError, Header, Key, Kind
 from collectives.records import LinkFailure, Member
-from collectives.sockets import SLICE, EndOfStream, Lease, LinkOptions, evidence_of, path_silence, shut
+from collectives.shared import ANNOUNCEMENT_BYTES, WORTHWHILE, Sharing
+from collectives.sockets import (
+    FAR,
+    SLICE,
+    EndOfStream,
+    Lease,
+    LinkOptions,
+    Vitals,
+    congestion_control,
+    evidence_of,
+    path_silence,
+    shut,
+    shut_writing,
+    vitals,
+)
+from collectives.tuning import Care, worth_it
 from collectives.wires import Wire
 
 Array = NDArray[Any]
 
 _GOODBYE_SECONDS = 0.5
 _REMEMBERED_READY = 256
+PIECE = 1 << 19  # bytes that are received, hashed and added while they are in cache
+_MANY = 2  # frames for each stripe: where more wait, none needs to be chosen with care
+_RATED_SECONDS = 0.05
+_TOGETHER = 4  # headers of frames in shared memory that leave in one call
 _BURST = 8  # frames that one stripe may deliver before the others are looked at
 
 
@@ -57,8 +78,19 @@ class Pool:
 class Sink(Protocol):
     """Where one frame's payload goes. The lease has been acquired; the link releases it."""
 
-    view: memoryview
     lease: Lease
+
+    def room(self, got: int) -> memoryview:
+        """Where the bytes from offset `got` on go: PIECE of them at most."""
+
+    def filled(self, stop: int) -> None:
+        """The bytes up to offset `stop` are there, not verified yet."""
+
+    def accept(self, payload: memoryview, start: int, stop: int) -> None:
+        """All of it lies here already, and until `finish` or `cancel` has returned: take this piece, not verified yet.
+
+        Called for one piece after the other.
+        """
 
     def finish(self, nbytes: int, digest: int) -> None:
         """The payload is whole and verified; nbytes counts its header too, digest is its checksum."""
@@ -75,6 +107,9 @@ class Hooks(Protocol):
 
     def lost(self, link: Link) -> None:
         """The link is dead; link.failure says why."""
+
+    def slots(self) -> int:
+        """How many chunks may lie in the memory that one link shares with a peer on this host, in one direction."""
 
 
 def _nothing(nbytes: int, seconds: float) -> None:
@@ -105,19 +140,29 @@ class Outgoing:
     refused: Callable[[Exception], None] = _ignore
 
     @property
+    def bulk(self) -> bool:
+        """Numbers that are worth a slot of shared memory."""
+        return self.numbers is not None and self.numbers.nbytes >= WORTHWHILE
+
+    @property
     def priority(self) -> tuple[int, int]:
         """Control frames first, then older rounds."""
         return (0 if self.numbers is None else 1, self.key.round)
 
 
 class _Frame:
-    """A frame on its way into the kernel."""
+    """A frame on its way into the kernel; its payload may go into a slot instead, whose memory is `room`.
 
-    __slots__ = ("begun", "buffer", "item", "lease", "nbytes", "pending")
+    more: frames whose payloads are in slots as well, and whose headers leave together with this one's.
+    """
+
+    __slots__ = ("begun", "buffer", "item", "lease", "more", "nbytes", "pending", "room", "slot")
 
     def __init__(self, item: Outgoing, pending: list[Any], lease: Lease | None, buffer: memoryview | None) -> None:
         self.item, self.pending, self.lease, self.buffer = item, pending, lease, buffer
         self.nbytes = sum(map(len, pending))
+        self.slot, self.room = -1, memoryview(b"")
+        self.more: list[_Frame] = []
         self.begun = time.perf_counter()
 
     def advance(self, sock: socket.socket, flags: int) -> bool:
@@ -149,13 +194,14 @@ class _Frame:
 class _Inbound:
     """What a stripe is receiving: a header, then its payload into a sink, or into nothing."""
 
-    __slots__ = ("data", "drain", "got", "header", "sink")
+    __slots__ = ("data", "drain", "got", "hasher", "header", "sink")
 
     def __init__(self) -> None:
         self.data = memoryview(bytearray(HEADER_BYTES))
         self.got = 0
         self.header: Header | None = None
         self.sink: Sink | None = None
+        self.hasher = xxh3_64()
         self.drain = 0
 
 
@@ -163,11 +209,15 @@ class _Inbound:
 class Stripe:
     """One TCP connection of a link, and what it has carried.
 
+    rate: bytes/s that it can carry at the moment, on long paths; rated_at: time.perf_counter() of that.
     frame: what a sender has begun and not finished. busy: it is taken, by the thread that sends on it, or by the sender
-    thread once it was handed over. finished: nothing more comes in. retiring: it takes no more frames.
+    thread once it was handed over. finished: nothing more comes in. retiring: it takes no more frames; parting: but its
+    BYE, that has left when goodbye is set.
     """
 
     socket: socket.socket
+    rate: float = 0.0
+    rated_at: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0
@@ -176,7 +226,9 @@ class Stripe:
     handed: bool = False
     finished: bool = False
     retiring: bool = False
+    parting: bool = False
     goodbye: bool = False
+    retransmits: int = 0
     inbound: _Inbound = field(default_factory=_Inbound)
 
 
@@ -193,14 +245,20 @@ class Link:
         options: LinkOptions,
         hooks: Hooks,
         pool: Pool,
+        ident: int = 0,
+        dialler: bool = False,
     ) -> None:
-        self.member = member
+        self.member, self.ident = member, ident
+        rtt = min(each.shortest_rtt for each in map(vitals, sockets))
+        self.care = Care(dialler=dialler, fixed=options.fixed_stripes, rtt=rtt, stripes=len(sockets))
+        self._far = rtt > FAR
         self.failure: LinkFailure | None = None
         self.ready: OrderedDict[Key, None] = OrderedDict()
         self.stale_frames = 0
         self.corrupt_frames = 0
         self.stripes = [Stripe(each) for each in sockets]
         self.retired: list[Stripe] = []
+        self.sharing = Sharing(options.shared_memory)
         self._run, self._me, self._options, self._hooks, self._pool = run, me, options, hooks, pool
         self._lock = threading.Lock()
         self._queue: list[tuple[tuple[int, int], int, Outgoing]] = []
@@ -260,7 +318,7 @@ class Link:
         with self._lock:
             if self.failure is not None or self._closing:
                 return
-            for item in items:
+            for item in (*self._memory_for(items), *items):
                 heapq.heappush(self._queue, (item.priority, next(self._order), item))
         self._pump(len(items))
 
@@ -292,12 +350,26 @@ class Link:
                 self.fail(evidence_of(error), str(error))
                 return
         with self._lock:
-            more = bool(self._queue) and self._idle() is not None
+            stuck = bool(self._queue) and self._queue[0][2].bulk and self.sharing.waiting
+            more = bool(self._queue) and self._idle() is not None and not stuck
         if more:
             self._ring()
 
     def _idle(self) -> Stripe | None:
+        """A stripe that is free for the next frame."""
+        if self._far and len(self.stripes) > 1 and self._queue and len(self._queue) < _MANY * len(self.stripes):
+            return self._best_idle(self._queue[0][2])
         return next((each for each in self.stripes if not each.busy), None)
+
+    def _best_idle(self, item: Outgoing) -> Stripe | None:
+        """The fastest that is free, unless it is better to wait for one that is not."""
+        idle = [each for each in self.stripes if not each.busy]
+        if item.numbers is None or len(idle) == len(self.stripes):
+            return max(idle, key=lambda each: each.rate, default=None)
+        size = item.numbers.nbytes
+        rates = [each.rate for each in self.stripes if not each.retiring]
+        best = max(idle, key=lambda each: each.rate, default=None)
+        return best if best and worth_it(best.rate, rates, size, size * len(self._queue)) else None
 
     def _claim(self) -> Stripe | None:
         """An idle stripe, now busy with the first frame of the queue."""
@@ -306,7 +378,12 @@ class Link:
                 stripe = self._idle()
                 if stripe is None:
                     return None
+                slot = self._slot_for(self._queue[0][2])
+                if slot is None:
+                    return None
                 frame = self._open(heapq.heappop(self._queue)[2])
+                if slot >= 0:
+                    self._lend(slot, frame)
                 if frame is not None:
                     stripe.busy, stripe.frame = True, frame
                     return stripe
@@ -319,6 +396,86 @@ class Link:
             return None
         return _Frame(item, [], lease, None)
 
+    # Shared memory. The first four under the lock.
+
+    def _memory_for(self, items: tuple[Outgoing, ...]) -> tuple[Outgoing, ...]:
+        """Before the first numbers that are worth it, the other side is told of memory for them."""
+        if self.sharing.announced or not any(item.bulk for item in items):
+            return ()
+        announcement = self.sharing.announce(self._hooks.slots(), self._options.chunk_bytes)
+        numbers = np.frombuffer(announcement, dtype=np.uint8)
+        return (Outgoing(Kind.MEMORY, frames.NO_KEY, numbers=numbers),) if announcement else ()
+
+    def _slot_for(self, item: Outgoing) -> int | None:
+        """A slot for this item's numbers; -1 if they go with their header; None if they wait for a slot."""
+        outbox = self.sharing.outbox
+        return outbox.take() if outbox is not None and outbox.usable and item.bulk else -1
+
+    def _lend(self, slot: int, frame: _Frame | None) -> None:
+        outbox = self.sharing.outbox
+        assert outbox is not None, "who gives slots out is there"
+        if frame is None:
+            outbox.give(slot)
+        else:
+            frame.slot, frame.room = slot, outbox.view(slot)
+
+    def _following(self) -> _Frame | None:
+        """The next frame of the queue, if there is a slot for it."""
+        while self._queue and self._queue[0][2].bulk and self.failure is None:
+            slot = self._slot_for(self._queue[0][2])
+            if slot is None:
+                return None
+            frame = self._open(heapq.heappop(self._queue)[2])
+            self._lend(slot, frame)
+            if frame is not None:
+                return frame
+        return None
+
+    def _share(self, frame: _Frame, payload: memoryview) -> memoryview:
+        """The payload, in its slot: the memory that it came from is free again."""
+        target = frame.room[: len(payload)]
+        if frame.item.wire is not None:
+            return target  # it was encoded there
+        hasher = xxh3_64() if self._options.checksum and frame.item.digest is None else None
+        into, source = np.frombuffer(target, dtype=np.uint8), np.frombuffer(payload, dtype=np.uint8)
+        for start in range(0, len(payload), PIECE):
+            piece = slice(start, start + PIECE)
+            np.copyto(into[piece], source[piece])
+            if hasher is not None:
+                hasher.update(target[piece])
+        if hasher is not None:
+            frame.item.digest = hasher.intdigest()
+        frame.release()
+        return target
+
+    def _about_memory(self, header: Header) -> Sink | None:
+        """What the other side says about its memory, or this side's."""
+        if header.length != (ANNOUNCEMENT_BYTES if header.kind is Kind.MEMORY else 0):
+            raise FrameError(f"a {header.kind.name} frame with {header.length} bytes")
+        if header.kind is Kind.MEMORY:
+            return _Announced(self)
+        if header.kind is Kind.MAPPED:
+            self.sharing.answered(bool(header.chunk))
+        self._pump(self._hooks.slots())
+        return None
+
+    def _use_shared(self, inbound: _Inbound, header: Header) -> None:
+        """A payload that lies in the other side's memory."""
+        payload = self.sharing.view(header.slot, header.length)
+        for start in range(0, header.length if inbound.sink is not None else 0, PIECE):
+            stop = min(start + PIECE, header.length)
+            if header.checked:
+                inbound.hasher.update(payload[start:stop])
+            if inbound.sink is not None:
+                inbound.sink.accept(payload, start, stop)
+        inbound.got, inbound.drain = header.length, 0
+
+    def _give_back(self, slot: int) -> None:
+        if self.sharing.give_back(slot):
+            self.send(Outgoing(Kind.SLOTS, frames.NO_KEY))
+
+    # Frames.
+
     def _begin(self, stripe: Stripe) -> None:
         frame = stripe.frame
         assert frame is not None, "a claimed stripe has a frame"
@@ -327,26 +484,48 @@ class Link:
         self._finish(stripe, frame)
 
     def _encode(self, frame: _Frame) -> bool:
+        """Make ready what is to leave; False if the frame's wire refuses the numbers."""
+        if not self._pack(frame):
+            return False
+        while frame.slot >= 0 and len(frame.more) < _TOGETHER - 1:
+            with self._lock:
+                following = self._following()
+            if following is None:
+                break
+            if self._pack(following):
+                frame.more.append(following)
+                frame.pending += following.pending
+            else:
+                following.release()
+        return True
+
+    def _pack(self, frame: _Frame) -> bool:
         """Header and payload of a frame; False if its wire refuses the numbers."""
         item, payload = frame.item, memoryview(b"")
         if item.numbers is not None and item.wire is None:
             payload = item.numbers.data.cast("B")
         elif item.numbers is not None and item.wire is not None:
-            frame.buffer = self._pool.take()
+            if frame.slot < 0:
+                frame.buffer = frame.room = self._pool.take()
             try:
-                payload = item.wire.encode(item.numbers, frame.buffer)
+                payload = item.wire.encode(item.numbers, frame.room)
             except ValueError as error:
                 item.refused(error)
+                self.sharing.unused(frame.slot)
                 return False
             frame.release()
+        if frame.slot >= 0:
+            payload = self._share(frame, payload)
         checked = self._options.checksum or item.numbers is None
         digest = item.digest if item.digest is not None else frames.checksum(payload) if checked else 0
-        header = self._header(item.kind, item.key, item.chunk, len(payload), digest, checked)
-        frame.pending = [header, payload] if len(payload) else [header]
+        header = self._header(item.kind, item.key, item.chunk, len(payload), digest, checked, frame.slot)
+        frame.pending = [header, payload] if len(payload) and frame.slot < 0 else [header]
         frame.nbytes = len(header) + len(payload)
         return True
 
-    def _header(self, kind: Kind, key: Key, chunk: int, length: int, digest: int, checked: bool = True) -> bytes:
+    def _header(
+        self, kind: Kind, key: Key, chunk: int, length: int, digest: int, checked: bool = True, slot: int = -1
+    ) -> bytes:
         return frames.encode(
             kind,
             run=self._run,
@@ -356,6 +535,7 @@ class Link:
             length=length,
             digest=digest,
             checked=checked,
+            slot=slot,
         )
 
     def _finish(self, stripe: Stripe, frame: _Frame) -> None:
@@ -365,24 +545,46 @@ class Link:
             self._pool.give(frame.buffer)
         seconds = time.perf_counter() - frame.begun
         stripe.seconds_sending += seconds
-        stripe.bytes_sent += frame.nbytes
+        stripe.bytes_sent += frame.nbytes + sum(each.nbytes for each in frame.more)
         stripe.frame = None
+        if self._far:
+            self._rate(stripe)
         self._free(stripe)
         if frame.nbytes:
             frame.item.sent(frame.nbytes, seconds)
+        for each in frame.more:
+            each.item.sent(each.nbytes, seconds)
+
+    def _rate(self, stripe: Stripe) -> None:
+        now = time.perf_counter()
+        if now - stripe.rated_at > _RATED_SECONDS:
+            stripe.rate, stripe.rated_at = vitals(stripe.socket).rate, now
 
     def _free(self, stripe: Stripe) -> None:
         """The stripe is idle, unless it is to end."""
         with self._lock:
             stripe.busy = stripe.retiring
-        if stripe.retiring and not stripe.goodbye:
-            stripe.goodbye = True
+        if stripe.retiring and not stripe.parting:
+            stripe.parting = True
             self._say_goodbye(stripe)
+        elif stripe.retiring:
+            self._said_goodbye(stripe)
 
     def _say_goodbye(self, stripe: Stripe) -> None:
-        with contextlib.suppress(OSError):  # it broke: the receiver has seen that too
-            stripe.socket.sendmsg([self._header(Kind.BYE, frames.NO_KEY, 0, 0, frames.checksum(b""))])
-            stripe.socket.shutdown(socket.SHUT_WR)
+        header = self._header(Kind.BYE, frames.NO_KEY, 0, 0, frames.checksum(b""))
+        frame = stripe.frame = _Frame(Outgoing(Kind.BYE, frames.NO_KEY), [header], None, None)
+        try:
+            frame.advance(stripe.socket, socket.MSG_DONTWAIT)
+            self._finish(stripe, frame)
+        except BlockingIOError:
+            self._hand_over(stripe)
+        except OSError:  # it broke: the receiver has seen that too
+            stripe.frame, stripe.goodbye = None, True
+
+    def _said_goodbye(self, stripe: Stripe) -> None:
+        stripe.goodbye = True
+        shut_writing(stripe.socket)
+        self._bury(stripe)
         self._ring()
 
     def _send_loop(self) -> None:
@@ -486,8 +688,10 @@ class Link:
         if header.kind is Kind.BYE:
             self._stripe_ended(stripe, None)
             return False
-        inbound.sink = self._hooks.route(self, header)
+        own = header.kind in (Kind.MEMORY, Kind.MAPPED, Kind.SLOTS)
+        inbound.sink = self._about_memory(header) if own else self._hooks.route(self, header)
         inbound.got, inbound.header = 0, header
+        inbound.hasher = xxh3_64()
         if inbound.sink is None:
             inbound.drain = header.length
             self.stale_frames += header.kind in (Kind.SCATTER, Kind.GATHER)
@@ -497,17 +701,21 @@ class Link:
         inbound = stripe.inbound
         header = inbound.header
         assert header is not None, "the header comes first"
+        if header.slot >= 0:
+            self._use_shared(inbound, header)
         while inbound.sink is not None and inbound.got < header.length:
             if inbound.sink.lease.revoked:
                 self._let_go(inbound)
             else:
-                inbound.got += _read(stripe.socket, inbound.sink.view[inbound.got :], flags)
+                _fill(stripe.socket, inbound, inbound.sink, flags)
         while inbound.drain:
             inbound.drain -= _read(stripe.socket, memoryview(bytearray(min(inbound.drain, 1 << 16))), flags)
         sink, inbound.sink, inbound.header, inbound.got = inbound.sink, None, None, 0
         stripe.bytes_received += HEADER_BYTES + header.length
         if sink is not None:
-            _deliver(sink, header)
+            _deliver(sink, header, inbound.hasher.intdigest())
+        if header.slot >= 0:
+            self._give_back(header.slot)
 
     def _let_go(self, inbound: _Inbound) -> None:
         """The memory is wanted back: the rest of this frame goes nowhere."""
@@ -601,6 +809,7 @@ class Link:
         for poller in (self._writable, self._readable):
             poller.close()
         with self._lock:
+            self.sharing.close()
             bell, self._bell = self._bell, -1
         if bell >= 0:
             os.close(bell)
@@ -628,11 +837,39 @@ class Link:
         """None of its threads runs any more: `reap` will not wait."""
         return not any(thread.is_alive() for thread in self._threads)
 
+    def vitals(self) -> dict[Hashable, Vitals]:
+        """What TCP says of each stripe that is in use."""
+        found: dict[Hashable, Vitals] = {}
+        for stripe in self.stripes:
+            if not stripe.retiring and not stripe.finished:
+                with contextlib.suppress(OSError):  # closed just now
+                    found[stripe] = vitals(stripe.socket)
+                    stripe.retransmits = found[stripe].retransmits
+        return found
+
+    @property
+    def retransmits(self) -> int:
+        """Packets that were sent again on all stripes."""
+        if self.failure is None:
+            self.vitals()
+        return sum(stripe.retransmits for stripe in (*self.stripes, *self.retired))
+
+    @property
+    def congestion_control(self) -> str:
+        """What its sockets use, "" when they are closed."""
+        found = set()
+        for stripe in self.stripes:
+            with contextlib.suppress(OSError):
+                found.add(congestion_control(stripe.socket))
+        return "/".join(sorted(found))
+
     def check_path(self) -> None:
         """Fail the link if it keeps retransmitting and nothing is acknowledged: the path is cut.
 
         A peer that is alive and does not read (a frozen process) still acknowledges, and is not failed by this.
         """
+        if self.sharing.waiting:  # should it have missed what it waits for
+            self._pump(self._hooks.slots())
         for stripe in self.stripes:
             silent = path_silence(stripe.socket)
             if silent > self._options.path_timeout:
@@ -654,6 +891,31 @@ class Link:
                 self._abandon_all()
 
 
+class _Announced:
+    """Where a MEMORY frame goes."""
+
+    def __init__(self, link: Link) -> None:
+        self.lease = Lease()
+        self.lease.acquire()
+        self._link, self._data = link, memoryview(bytearray(ANNOUNCEMENT_BYTES))
+
+    def room(self, got: int) -> memoryview:
+        return self._data[got:]
+
+    def filled(self, stop: int) -> None:
+        return None
+
+    def accept(self, payload: memoryview, start: int, stop: int) -> None:
+        raise FrameError("memory is announced in a frame of its own")
+
+    def finish(self, nbytes: int, digest: int) -> None:
+        mapped = self._link.sharing.accept(self._data)
+        self._link.send(Outgoing(Kind.MAPPED, frames.NO_KEY, int(mapped)))
+
+    def cancel(self) -> None:
+        return None
+
+
 def _read(sock: socket.socket, view: memoryview, flags: int) -> int:
     count = sock.recv_into(view, 0, flags)
     if not count:
@@ -661,11 +923,22 @@ def _read(sock: socket.socket, view: memoryview, flags: int) -> int:
     return count
 
 
-def _deliver(sink: Sink, header: Header) -> None:
+def _fill(sock: socket.socket, inbound: _Inbound, sink: Sink, flags: int) -> None:
+    """Receive into the sink, and hash what came while it is in cache."""
+    room = sink.room(inbound.got)
+    count = _read(sock, room, flags)
+    inbound.got += count
+    assert inbound.header is not None, "the header comes first"
+    if inbound.header.checked:
+        inbound.hasher.update(room[:count])
+    sink.filled(inbound.got)
+
+
+def _deliver(sink: Sink, header: Header, digest: int) -> None:
     """Verify a payload and hand it on."""
     arrived = False
     try:
-        if header.checked and frames.checksum(sink.view) != header.checksum:
+        if header.checked and digest != header.checksum:
             raise FrameError(f"payload checksum mismatch in chunk {header.chunk}")
         sink.finish(HEADER_BYTES + header.length, header.checksum)
         arrived = True

@@ -29,11 +29,11 @@ from xxhash import xxh3_128_digest
 
 from collectives.frames import FrameError
 
-WORTHWHILE = 4096  # bytes: what is smaller goes with its header
+WORTHWHILE = 1 << 14  # bytes: what is smaller is no slower behind its header, and takes no slot
+MAX_SLOTS = 64
 _ANNOUNCEMENT = struct.Struct("<16s16sQQII")  # the host, the token, process, descriptor, slots, bytes of each
 ANNOUNCEMENT_BYTES = _ANNOUNCEMENT.size
 _PAGE = 4096
-_MAX_SLOTS = 64
 _MAX_SLOT_BYTES = 16 << 20
 _TOKEN_BYTES = 16
 _HUNGRY = 64  # where in the first page: 1 while the sender waits for slots
@@ -179,7 +179,7 @@ class Inbox:
         where, token, pid, number, slots, slot_bytes = _ANNOUNCEMENT.unpack(announcement)
         if not host() or where != host():
             raise OSError("another host")
-        if not 1 <= slots <= _MAX_SLOTS or not 1 <= slot_bytes <= _MAX_SLOT_BYTES:
+        if not 1 <= slots <= MAX_SLOTS or not 1 <= slot_bytes <= _MAX_SLOT_BYTES:
             raise OSError("slots of no use")
         path = f"/proc/{pid}/fd/{number}"
         if not os.readlink(path).startswith("/memfd:elastic-link"):

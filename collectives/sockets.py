@@ -8,6 +8,7 @@ and the owner of the memory gets it back within about one SLICE, whatever the pe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
@@ -15,8 +16,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SLICE = 0.1
+AUTO = "auto"
+MOST_STRIPES = 64
+FAR = 2e-3  # seconds of round trip from which a path is a long one
+NEAR = 1e-3
+UNSENT = 16 << 10  # bytes that a stripe of a long path takes before their turn: others may be free earlier
+# struct tcp_info of Linux 4.19 and later, as far as it is read here: of 8 bytes, 24 numbers of 32 bits, 4 of 64 bits, 6
+# of 32, 4 of 64, 2 of 32 and 2 of 64
+_INFO = struct.Struct("=2x2B4x 8xI36xI8xI8xI16xI 16xQ8x 12xI8x 8xQ16x 8x 2Q")
+_SO_MAX_PACING_RATE, _UNLIMITED = 47, struct.pack("=Q", 1 << 40)  # any limit makes the kernel pace
 _TIMEVAL = struct.pack("ll", 0, int(SLICE * 1e6))
 
 
@@ -24,23 +35,30 @@ _TIMEVAL = struct.pack("ll", 0, int(SLICE * 1e6))
 class LinkOptions:
     """How links are built. All members of a run must use the same chunk_bytes.
 
-    stripes: TCP connections per link (what the dialler asks for holds). chunk_bytes: largest piece that travels alone,
-    a multiple of 64. connect_timeout: seconds for a link to come up before the peer counts as unreachable.
+    stripes: TCP connections per link, 1 to 64, or "auto": as many as carry more than fewer would (see tuning.py); what
+    the dialler is set to holds. chunk_bytes: largest piece that travels alone, a multiple of 64.
+    connect_timeout: seconds for a link to come up before the peer counts as unreachable.
     probe_timeout: seconds to look whether a peer's port still answers after its link failed.
-    path_timeout: seconds without any acknowledgement, while data is being retransmitted, after which a path is cut.
-    congestion_control: per socket, None for the system's; a name that the kernel lacks is a ValueError.
-    send_buffer, receive_buffer: bytes, None for the kernel's own tuning. keepalive: idle seconds, interval, probes.
+    path_timeout: seconds in which nothing is acknowledged, though it was asked for repeatedly, after which a path is
+    cut. A peer that does not read still acknowledges, and so does the kernel of one that is frozen.
+    congestion_control: per socket; a name that the kernel lacks is a ValueError. None is the system's, but for paths of
+    less than 1 ms where the system's is bbr: they get cubic if there is one, since the pacing of bbr costs half as much
+    CPU time again there.
+    send_buffer, receive_buffer: bytes, None for the kernel's own tuning (up to the third number of net.ipv4.tcp_wmem
+    and tcp_rmem; a set size is capped by net.core.wmem_max and rmem_max). Where these bind, more stripes help.
+    keepalive: idle seconds, interval, probes. These packets also keep the entries of NATs on the way alive, on each
+    stripe: they forget after 30 s or more.
     checksum: xxh3 of every payload, made by the sender and verified by the receiver; headers always have one.
     shared_memory: payloads between peers on one host go through memory that both map, if both sides have this on.
     pool_bytes: early contributions kept per attempt before their turn. parked_links, parked_seconds: bounds on links
     from peers that this one has not been told of yet. half_open: connections that may be in their handshake at once.
     """
 
-    stripes: int = 2
+    stripes: int | str = AUTO
     chunk_bytes: int = 1 << 20
     connect_timeout: float = 5.0
     probe_timeout: float = 0.3
-    path_timeout: float = 3.0
+    path_timeout: float = 2.0
     congestion_control: str | None = None
     send_buffer: int | None = None
     receive_buffer: int | None = None
@@ -54,14 +72,61 @@ class LinkOptions:
     servers: int = 32
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stripes <= 64:
-            raise ValueError(f"stripes is {self.stripes}: choose 1 to 64")
+        if self.stripes != AUTO and not (isinstance(self.stripes, int) and 1 <= self.stripes <= MOST_STRIPES):
+            raise ValueError(f"stripes is {self.stripes!r}: choose 1 to {MOST_STRIPES}, or {AUTO!r}")
         if self.chunk_bytes % 64 or not 64 <= self.chunk_bytes <= 16 << 20:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}: choose a multiple of 64 up to 16 MiB")
         if min(self.connect_timeout, self.probe_timeout, self.path_timeout, self.parked_seconds) <= 0:
             raise ValueError("timeouts of a link must be positive")
         if min(self.parked_links, self.half_open, self.servers) < 1 or self.pool_bytes < 0:
             raise ValueError("bounds of a group must be at least 1")
+
+    @property
+    def fixed_stripes(self) -> int | None:
+        """None for auto."""
+        return self.stripes if isinstance(self.stripes, int) else None
+
+
+class Vitals(NamedTuple):
+    """What the kernel says of a connection (TCP_INFO): bytes and seconds, counted since it was made.
+
+    busy: seconds with something unacknowledged or unsent. unanswered: probes, or repetitions of the same data, that
+    nothing has come back for. silent: seconds since the last acknowledgement.
+    """
+
+    rtt: float
+    shortest_rtt: float
+    window: int
+    acked: int
+    sent: int
+    resent: int
+    retransmits: int
+    busy: float
+    unanswered: int
+    silent: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s that its congestion window lets through."""
+        return self.window / max(self.rtt, 1e-5)
+
+
+def vitals(sock: socket.socket) -> Vitals:
+    """Takes about 10 us. OSError if the socket is closed, or no TCP."""
+    data = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO.size)
+    repeated, probes, mss, silent, rtt, window, retransmits, acked, shortest, busy, sent, resent = _INFO.unpack(data)
+    return Vitals(
+        rtt=rtt / 1e6,
+        shortest_rtt=min(shortest, rtt) / 1e6,
+        window=window * mss,
+        acked=acked,
+        sent=sent,
+        resent=resent,
+        retransmits=retransmits,
+        busy=busy / 1e6,
+        unanswered=max(repeated, probes),
+        silent=silent / 1e3,
+    )
 
 
 class Lease:
@@ -127,8 +192,8 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def listen_on(address: str) -> socket.socket:
-    """A non-blocking listener; port 0 lets the kernel choose."""
+def listen_on(address: str, options: LinkOptions) -> socket.socket:
+    """A non-blocking listener; port 0: any. What it accepts has its buffers and congestion control."""
     host, port = parse_address(address)
     family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
         0
@@ -136,6 +201,7 @@ def listen_on(address: str) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tune_early(listener, options)
         listener.bind(where)
         listener.listen(256)
         listener.setblocking(False)
@@ -159,7 +225,7 @@ def check_congestion_control(name: str | None) -> None:
 
 
 def tune_early(sock: socket.socket, options: LinkOptions) -> None:
-    """What must be set before connecting: buffers decide the window that is offered."""
+    """What must be set before connecting, and on a listener: buffers decide the window that is offered."""
     if options.send_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.send_buffer)
     if options.receive_buffer is not None:
@@ -169,7 +235,7 @@ def tune_early(sock: socket.socket, options: LinkOptions) -> None:
 
 
 def tune_data(sock: socket.socket, options: LinkOptions) -> None:
-    """Blocking with SLICE-long calls, no delay, dead paths noticed when idle."""
+    """Blocking with SLICE-long calls, no delay, dead paths noticed when idle, and what suits the length of the path."""
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -179,15 +245,27 @@ def tune_data(sock: socket.socket, options: LinkOptions) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
+    rtt = vitals(sock).shortest_rtt
+    if rtt > FAR:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _UNLIMITED)  # bursts overflow the queues on the way
+    if rtt < NEAR and options.congestion_control is None and congestion_control(sock) == "bbr":
+        with contextlib.suppress(OSError):  # the kernel has no other, or does not let us have it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+
+
+def congestion_control(sock: socket.socket) -> str:
+    """The name of what the socket uses."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
 def path_silence(sock: socket.socket) -> float:
-    """Seconds since the other side last acknowledged anything, if data is being retransmitted in vain; else 0."""
+    """Seconds since the other side last acknowledged anything, if it was asked to repeatedly; else 0."""
     try:
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        seen = vitals(sock)
     except OSError:
         return 0.0
-    return int.from_bytes(info[56:60], "little") / 1000 if info[2] >= 3 else 0.0
+    return seen.silent if seen.unanswered >= 2 else 0.0
 
 
 def shut(sock: socket.socket) -> None:
@@ -196,6 +274,12 @@ def shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)
     except OSError:
         return  # never connected, or gone already: nobody blocks on it
+
+
+def shut_writing(sock: socket.socket) -> None:
+    """The other side reads to the end of what was sent."""
+    with contextlib.suppress(OSError):  # gone already
+        sock.shutdown(socket.SHUT_WR)
 
 
 def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], lease: Lease | None = None) -> None:

@@ -207,7 +207,8 @@ class Peer:
 
     token: elastic://HOST:PORT/RUN or @FILE instead of coordinator and run; so is ELASTIC_JOIN.
     listen, advertise: HOST:PORT of the data listener, and what others dial if that differs; listen="" only dials out.
-    stripes: TCP connections per link. events_dir: folder for this peer's event log.
+    Several interfaces: with commas between.
+    stripes: TCP connections per link, or "auto" (the default). events_dir: folder for this peer's event log.
     observe: called with a `Progress` for each chunk received (fault injection, progress bars); must not block.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
@@ -225,7 +226,7 @@ class Peer:
         site: str | None = None,
         listen: str | None = None,
         advertise: str | None = None,
-        stripes: int | None = None,
+        stripes: int | str | None = None,
         timeouts: Timeouts | None = None,
         events_dir: Path | str | None = None,
         observe: Callable[[Progress], None] | None = None,
@@ -963,18 +964,19 @@ def _group(
     coordinator: str,
     listen: str | None,
     advertise: str | None,
-    stripes: int | None,
+    stripes: int | str | None,
     observe: Callable[[Progress], None] | None,
     env: dict[str, str],
 ) -> Group:
     listen = env.get("ELASTIC_LISTEN", "127.0.0.1:0") if listen is None else listen
     advertise = advertise or env.get("ELASTIC_ADVERTISE")
-    for what, endpoint in (("listen", listen), ("advertise", advertise)):
-        if endpoint:
+    for what, endpoints in (("listen", listen), ("advertise", advertise)):
+        for endpoint in endpoints.split(",") if endpoints else ():
             check_endpoint(what, endpoint)
-    _check_reachable(coordinator, advertise or listen)
+    _check_reachable(coordinator, (advertise or listen).split(",")[0])
     try:
-        options = LinkOptions(stripes=int(env.get("ELASTIC_STRIPES", 2)) if stripes is None else stripes)
+        wanted = env.get("ELASTIC_STRIPES", "auto") if stripes is None else stripes
+        options = LinkOptions(stripes=int(wanted) if str(wanted).isdecimal() else wanted)
         return Group(
             run=peer.run,
             name=peer.name,

@@ -35,6 +35,7 @@ from collectives.frames import Hello, Kind, Purpose
 from collectives.sockets import parse_address, receive_into
 
 ELEMENTS = 60_000  # 59 chunks of SMALL.chunk_bytes
+TCP = replace(SMALL, shared_memory=False)  # where what passes on the wire matters
 
 
 @contextmanager
@@ -391,7 +392,7 @@ class Proxy:
 
 @pytest.mark.parametrize("flip_after", [1000, 30_000, 100_037])
 def test_a_flipped_bit_in_transit_is_found(flip_after: int) -> None:
-    with groups(1) as made, Group(run="run", name="q", incarnation=7, options=SMALL) as other:
+    with groups(1, TCP) as made, Group(run="run", name="q", incarnation=7, options=TCP) as other:
         proxy = Proxy(other.addresses[0], flip_after)
         both = [made[0], other]
         start = make_start([made[0].member, replace(other.member, addresses=(proxy.address,))], ELEMENTS)
@@ -408,7 +409,7 @@ def test_a_flipped_bit_in_transit_is_found(flip_after: int) -> None:
 
 def test_a_peer_that_stalls_with_a_frame_half_sent_holds_nobodys_memory() -> None:
     """The caller gets source and result back after an abort, although a frame is half sent and half received."""
-    with Group(run="run", name="z", incarnation=1, options=replace(SMALL, chunk_bytes=1 << 20)) as group:
+    with Group(run="run", name="z", incarnation=1, options=replace(TCP, chunk_bytes=1 << 20)) as group:
         with dial(group) as caller:
             caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
             caller.sendall(hello(group, chunk_bytes=1 << 20))

@@ -99,8 +99,16 @@ class Schedule:
         self.elements = max(draw.choice(sizes), 2000 if self.wired else 1)
         chunk_bytes = 64 * math.ceil(4 * self.elements / draw.randint(8, 256) / 64)
         pool_bytes = draw.choice((0, 4 * chunk_bytes, 32 << 20))
+        shared = not self.wired and draw.random() < 0.6  # what passes a tap has to be on the wire
+        if shared:
+            self.elements = max(self.elements, 2**17)
+            chunk_bytes = max(chunk_bytes, 20_480)
         self.options = LinkOptions(
-            chunk_bytes=chunk_bytes, stripes=draw.randint(1, 4), connect_timeout=20.0, pool_bytes=pool_bytes
+            chunk_bytes=chunk_bytes,
+            stripes=draw.randint(1, 4),
+            connect_timeout=20.0,
+            pool_bytes=pool_bytes,
+            shared_memory=shared,
         )
         self.wire = draw.choice(("f32", "f32", "bf16"))
         self.warm = draw.random() < 0.6 or fault == "former life"  # who greets in another's name is another
@@ -120,7 +128,8 @@ class Schedule:
     def __str__(self) -> str:
         return (
             f"{self.fault}: {len(self.names)} peers, {self.elements} x {self.wire}, chunks of "
-            f"{self.options.chunk_bytes}, {self.options.stripes} stripes, {'warm' if self.warm else 'cold'}, "
+            f"{self.options.chunk_bytes}, {self.options.stripes} stripes"
+            f"{' and shared memory' if self.options.shared_memory else ''}, {'warm' if self.warm else 'cold'}, "
             f"{'views' if self.views else 'no views'}, receiver {self.receiver or 'none'}"
         )
 
