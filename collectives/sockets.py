@@ -55,7 +55,7 @@ class LinkOptions:
     """
 
     stripes: int | str = AUTO
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int = 2 << 20
     connect_timeout: float = 5.0
     probe_timeout: float = 0.3
     path_timeout: float = 2.0
