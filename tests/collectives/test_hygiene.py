@@ -16,18 +16,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from forked import Forked, Run, Strike, forking
-from plane import SMALL, assert_exact, groups, make_abort, make_start, numbers
+from plane import assert_exact, groups, make_abort, make_start, numbers
 
-from collectives import Done, Failed, Group, Progress, Start
+from collectives import Done, Failed, Group, LinkOptions, Progress, Start
 
-ELEMENTS = 40_000  # 40 chunks of SMALL.chunk_bytes
-MEMORY = 4 << 20  # bytes that a thousand aborts may add: one chunk for each
+SHARED = LinkOptions(chunk_bytes=20_480, connect_timeout=5.0)
+TCP = replace(SHARED, shared_memory=False)  # one of the three: so there are links of either kind
+ELEMENTS = 200_000  # 42 chunks
+MEMORY = 4 << 20  # bytes that a thousand aborts may add: a fifth of a chunk for each
 
 
 class Trigger:
@@ -140,7 +142,7 @@ class House:
 
     def guest_dies(self) -> bool:
         """A fourth peer is killed at a random chunk."""
-        guest = Forked("q", 1000 + self.round, SMALL)
+        guest = Forked("q", 1000 + self.round, SHARED)
         self.connect(guest)
         start, running = self.begin(guest)
         guest.tell(Run(start=start, seed=3, strike=Strike(kind="kill", fraction=self.draw.random())))
@@ -181,7 +183,8 @@ def house() -> Iterator[House]:
     triggers = {f"p{index}": Trigger() for index in range(3)}
     with ThreadPoolExecutor(3) as pool, groups(0) as made:
         for index, trigger in enumerate(triggers.values()):
-            made.append(Group(run="run", name=f"p{index}", incarnation=100 + index, options=SMALL, observe=trigger))
+            options = TCP if index == 0 else SHARED
+            made.append(Group(run="run", name=f"p{index}", incarnation=100 + index, options=options, observe=trigger))
         yield House(made, triggers, pool)
 
 
@@ -193,6 +196,7 @@ def thousand_aborts() -> str:
             subject.many(how, 30)
         subject.aborted.clear()
         before = subject.settled()
+        assert {link.shared for group in subject.groups for link in group.statistics().links} == {True, False}
         subject.many(subject.told, 450)
         subject.many(subject.hook_raises, 450)
         assert subject.settled(before) == before  # the very same sockets: nobody had to dial again
