@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import inspect
 import json
 import os
 import secrets
@@ -251,14 +250,12 @@ class Through:
 
 
 def peer_options(wanted: dict[str, Any]) -> dict[str, Any]:
-    """LinkOptions go in as `options` where a Peer takes them, else only as `stripes`; timeouts become Timeouts."""
+    """What a Peer is made with: timeouts become Timeouts, links LinkOptions."""
     given = dict(wanted)
     if "timeouts" in given:
         given["timeouts"] = elastic.Timeouts(**given["timeouts"])
     links = given.pop("links", {})
-    if "options" in inspect.signature(elastic.Peer).parameters:
-        return {**given, "options": LinkOptions(**links)}
-    return {**given, **{name: value for name, value in links.items() if name == "stripes"}}
+    return {**given, "options": LinkOptions(**links)}
 
 
 def forget_peak() -> int:
