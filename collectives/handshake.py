@@ -75,7 +75,8 @@ class Dialling:
 
     stripes: how many, None for as many as suit the path. link: the link that they are added to, None for a new one.
     All addresses of the peer are tried at once, and where a name has several, the others a moment later each ("happy
-    eyeballs", RFC 8305). The first that answers like the peer is used; if more connect in time, stripes are spread.
+    eyeballs", RFC 8305). The first that answers like the peer is used, and one that accepts and says nothing costs its
+    part of the time; if more connect in time, stripes are spread.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Dialling:
     ) -> None:
         self._me, self._member, self._purpose, self._stripes = me, member, purpose, stripes
         self.link = secrets.randbits(63) if link is None else link
-        self._deadline = time.monotonic() + timeout
+        self._deadline = self._until = time.monotonic() + timeout
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._tries: list[_Try] = []
@@ -106,6 +107,7 @@ class Dialling:
             self._resolve()
             while True:
                 winner = self._race()
+                self._until = time.monotonic() + remaining(self._deadline) / len(self._tries)
                 try:
                     return self._hand_over(self._join(winner))
                 except (OSError, FrameError) as error:
@@ -219,7 +221,7 @@ class Dialling:
     def _finish_connect(self, sock: socket.socket) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(sock, selectors.EVENT_WRITE)
-            if not selector.select(remaining(self._deadline)):
+            if not selector.select(remaining(self._until)):
                 raise TimeoutError(errno.ETIMEDOUT, "no answer to connect")
         if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(code, os.strerror(code))
@@ -240,11 +242,11 @@ class Dialling:
             length=len(hello),
             digest=frames.checksum(hello),
         )
-        sock.settimeout(remaining(self._deadline))
+        sock.settimeout(remaining(self._until))
         sock.sendall(header + hello)
 
     def _welcome(self, sock: socket.socket) -> None:
-        header = read_header(sock, self._deadline)
+        header = read_header(sock, self._until)
         if header.kind is Kind.REFUSE:
             reason = bytearray(min(header.length, 1024))
             receive_into(sock, memoryview(reason))

@@ -116,11 +116,14 @@ class Tuner:
             self._decide(sample)
 
 
+_UNUSED = Vitals(0.0, 0.0, 0, 0, 0, 0, 0, 0.0, 0, 0.0)
+
+
 class Gauge:
     """Measures a link from what its stripes say, over periods in which it was busy.
 
     goodput, rtt (the shortest lately, without what the link itself queues): 0 until known. slow: a stripe that has
-    carried less than half of its siblings' in each of the last SLOW_SAMPLES.
+    carried less than half of its siblings' in each of the last SLOW_SAMPLES in which all were busy.
     """
 
     def __init__(self) -> None:
@@ -136,6 +139,8 @@ class Gauge:
         if not stripes:
             return None
         self.rtt = min(each.shortest_rtt for each in stripes.values())
+        if not self._since:
+            self._since = dict.fromkeys(stripes, _UNUSED)
         if self._since.keys() != stripes.keys():
             self._since = dict(stripes)
             return None
@@ -167,7 +172,8 @@ class Gauge:
         resent = sum(now.resent - self._since[key].resent for key, now in stripes.items())
         self.goodput = goodput if not self._known else (self.goodput + goodput) / 2
         self._known = True
-        self._judge({key: count / seconds for key, (_, count, seconds) in grown.items() if seconds > HALF * busy})
+        if all(seconds > HALF * busy for _, _, seconds in grown.values()):
+            self._judge({key: count / seconds for key, (_, count, seconds) in grown.items()})
         self._since = dict(stripes)
         return Sample(
             stripes=len(stripes),
@@ -178,7 +184,7 @@ class Gauge:
         )
 
     def _judge(self, rates: Mapping[Hashable, float]) -> None:
-        """Rates of the stripes that were busy. What is slow by chance does not stay so."""
+        """Rates, when all stripes were busy. What is slow by chance does not stay so."""
         strikes = {}
         for key, rate in rates.items():
             others = [other for each, other in rates.items() if each != key]
@@ -201,7 +207,8 @@ class Orders:
 class Care:
     """Looks after one link, on one of its sides. Only who dialled it adds and retires stripes; the other side asks.
 
-    fixed: the number that was set, None for auto. asked: how many the other side wants.
+    fixed: the number that was set, None for auto. base: the number where nothing is to be found out.
+    asked: how many the other side wants.
     redialled: slow stripes that were replaced.
     """
 
@@ -210,7 +217,7 @@ class Care:
         self.asked = self.redialled = 0
         self._dialler, self._fixed = dialler, fixed
         self._tuner = Tuner(stripes) if fixed is None and rtt > FAR else None
-        self._base = fixed or stripes
+        self.base = fixed or stripes
         self._told = 0
         self._leaving: Hashable = None
         self._pause = 0
@@ -218,9 +225,10 @@ class Care:
     @property
     def wanted(self) -> int:
         """How many stripes the link should have."""
-        if self._tuner is None:
-            return self._base
-        return max(self._tuner.wanted, min(self.asked, MOST_STRIPES))
+        if self._fixed is not None:
+            return self.base
+        mine = self.base if self._tuner is None else self._tuner.wanted
+        return max(mine, min(self.asked, MOST_STRIPES))
 
     def look(self, stripes: Mapping[Hashable, Vitals]) -> Orders:
         """What is to be done, given the stripes that the link has now. Not while an earlier order is being executed."""
