@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import fault as _below
 
 if TYPE_CHECKING:
+    from collectives import LinkOptions
+
     from .config import JoinToken, RunPolicy, Timeouts
     from .coordinator import Coordinator
     from .errors import (
@@ -73,7 +75,7 @@ _HOMES = {
     "DiLoCo": "outer.diloco",
     "OuterLoop": "outer.engine",
     **dict.fromkeys(("SGD", "Nesterov"), "outer.optimizers"),
-    **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
+    **dict.fromkeys(("Finished", "Gathered", "LinkOptions", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
 }
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "Finished",
     "Gathered",
     "JoinToken",
+    "LinkOptions",
     "MembershipError",
     "Nesterov",
     "NoSource",

@@ -208,7 +208,8 @@ class Peer:
     token: elastic://HOST:PORT/RUN or @FILE instead of coordinator and run; so is ELASTIC_JOIN.
     listen, advertise: HOST:PORT of the data listener, and what others dial if that differs; listen="" only dials out.
     Several interfaces: with commas between.
-    stripes: TCP connections per link, or "auto" (the default). events_dir: folder for this peer's event log.
+    stripes: TCP connections per link, or "auto" (the default). options: everything else about links (LinkOptions); the
+    peers of a run need the same chunk_bytes. events_dir: folder for this peer's event log.
     observe: called with a `Progress` for each chunk received (fault injection, progress bars); must not block.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
@@ -227,6 +228,7 @@ class Peer:
         listen: str | None = None,
         advertise: str | None = None,
         stripes: int | str | None = None,
+        options: LinkOptions | None = None,
         timeouts: Timeouts | None = None,
         events_dir: Path | str | None = None,
         observe: Callable[[Progress], None] | None = None,
@@ -260,7 +262,8 @@ class Peer:
         folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
         self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
         self._reserve = Reserve()
-        self.group = _group(self, where.coordinator, listen, advertise, stripes, observe, env)
+        links = _link_options(options, stripes, env)
+        self.group = _group(self, where.coordinator, listen, advertise, links, observe, env)
         self._control = Control(
             where.coordinator,
             self.name,
@@ -959,12 +962,24 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _link_options(options: LinkOptions | None, stripes: int | str | None, env: dict[str, str]) -> LinkOptions:
+    """`options` as they are, but for the stripes if those are named beside them; arguments win over environment."""
+    wanted = stripes if stripes is not None else None if options is not None else env.get("ELASTIC_STRIPES")
+    options = options or LinkOptions()
+    if wanted is None:
+        return options
+    try:
+        return dataclasses.replace(options, stripes=int(wanted) if str(wanted).isdecimal() else wanted)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+
+
 def _group(
     peer: Peer,
     coordinator: str,
     listen: str | None,
     advertise: str | None,
-    stripes: int | str | None,
+    options: LinkOptions,
     observe: Callable[[Progress], None] | None,
     env: dict[str, str],
 ) -> Group:
@@ -975,8 +990,6 @@ def _group(
             check_endpoint(what, endpoint)
     _check_reachable(coordinator, (advertise or listen).split(",")[0])
     try:
-        wanted = env.get("ELASTIC_STRIPES", "auto") if stripes is None else stripes
-        options = LinkOptions(stripes=int(wanted) if str(wanted).isdecimal() else wanted)
         return Group(
             run=peer.run,
             name=peer.name,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from harness import QUICK, Run, until
 
+from collectives import LinkOptions
 from collectives.records import Failed, Start
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import (
@@ -472,3 +473,14 @@ def test_who_was_left_out_of_a_round_still_knows_that_it_is_over(run: Run) -> No
     run.coordinator.close()
     run.open()
     assert peer.all_reduce(torch.ones(4), timeout=30).round == 1
+
+
+def test_options_of_links_reach_the_group(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments win over the environment, and stripes beside options over those inside."""
+    monkeypatch.setenv("ELASTIC_STRIPES", "3")
+    options = LinkOptions(stripes=5, shared_memory=False)
+    assert run.join("a").group.options.stripes == 3
+    assert run.join("b", options=options).group.options == options
+    assert run.join("c", options=options, stripes=2).group.options == dataclasses.replace(options, stripes=2)
+    with pytest.raises(ConfigurationError, match="stripes"):
+        run.join("d", stripes=0)
