@@ -35,6 +35,7 @@ from collectives.wires import WIRES, NonFinite, Wire
 
 _REDIALS = 2
 _LOOK_AFTER = 0.1  # seconds without a link after which to look whether the peer is there at all
+_ABSENT = object()
 _PIECE = 1 << 15  # numbers that are scaled at once: what they pass through stays in cache
 _UFUNCS: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
 
@@ -80,6 +81,7 @@ class Peer:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0
+    retransmits_before: int = 0
 
     @property
     def contributor(self) -> bool:
@@ -229,6 +231,7 @@ class Attempt:
             if self.routes[chunk.owner].terms == (self.me,) and chunk.owner == self.me:
                 self._add_own(index)
                 self._complete(index)
+        self._post()
 
     @property
     def settled(self) -> bool:
@@ -299,6 +302,8 @@ class Attempt:
                 bytes_received=peer.bytes_received,
                 send_blocked_seconds=peer.seconds_sending,
                 stripes=len(peer.link.stripes) if peer.link is not None else 0,
+                retransmits=peer.link.retransmits - peer.retransmits_before if peer.link is not None else 0,
+                rtt=peer.link.care.gauge.rtt if peer.link is not None else 0.0,
             )
             for peer in self.peers.values()
         )
@@ -316,22 +321,40 @@ class Attempt:
         """A link to a peer is up: greet on it, unless it is the one that is in use already."""
         with self.condition:
             peer = self.peers.get(link.member.incarnation)
-            if peer is None or peer.link is link:
+            if peer is None or peer.link is link or link.failure is not None:
                 return
-            peer.link = link
+            if peer.link is not None and not self._replaced(peer):
+                return
+            peer.link, peer.retransmits_before = link, link.retransmits
             if peer.contributor and not self._greets_late(peer):
                 self._greet(peer)
-            if self.key in link.ready:
+            if link.ready.pop(self.key, _ABSENT) is None:
                 self._peer_ready(peer)
             elif self._everyone_ready():
                 self._all_ready()
         self._post()
+
+    def _replaced(self, peer: Peer) -> bool:
+        """A new link has come before the end of the former one was told. False if too much was lost with that."""
+        peer.link, peer.ready = None, False
+        failure = LinkFailure(
+            peer=peer.member.name, incarnation=peer.member.incarnation, evidence="reset", detail="the link was replaced"
+        )
+        if not peer.working:
+            return False
+        if not peer.contributor:
+            peer.owed = self._owned
+        elif not self._may_redial(peer, failure):
+            self._lose(failure)
+            return False
+        return True
 
     def ready(self, link: Link) -> None:
         """A peer's READY for this attempt has come."""
         with self.condition:
             peer = self.peers.get(link.member.incarnation)
             if peer is not None and peer.link is link:
+                link.ready.pop(self.key, None)
                 self._peer_ready(peer)
         self._post()
 
@@ -396,7 +419,7 @@ class Attempt:
 
     def _all_ready(self) -> None:
         """Everyone has begun: those that own nothing may know it now, and numbers may flow."""
-        if self.me < 0 or self._scattered:
+        if self.me < 0 or self._scattered or self.lease.revoked:
             return
         self._scattered = True
         self._ready_at = time.monotonic()

@@ -6,6 +6,7 @@ next attempt and whether there is one, is decided elsewhere; a Group only says w
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from collectives import exchange, frames, patterns
@@ -20,6 +22,7 @@ from collectives.exchange import Attempt, Observer, Part
 from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
 from collectives.handshake import Dialling, Porter, Self, probe
 from collectives.links import Array, Link, Outgoing, Pool, Stripe
+from collectives.patterns import SMALLEST
 from collectives.records import Abort, Done, Failed, Identity, LinkFailure, Member, Progress, Start
 from collectives.shared import MAX_SLOTS
 from collectives.sockets import (
@@ -105,7 +108,7 @@ class Group:
         _check_identity(run, name, incarnation)
         check_congestion_control(options.congestion_control)
         self.options = options
-        self.pool = Pool(options.chunk_bytes, max(1, options.pool_bytes // options.chunk_bytes))
+        self.pool = Pool(max(options.chunk_bytes, SMALLEST), max(1, options.pool_bytes // options.chunk_bytes))
         self._run_name = run
         self._self = Self(frames.name_hash(run), incarnation, options)
         self.observer: Observer | None = observe
@@ -169,7 +172,8 @@ class Group:
             self._check_open()
             self._known[incarnation] = member
             self._retired.pop(incarnation, None)
-            if (link := self._links.get(incarnation)) is not None:
+            link = self._links.get(incarnation)
+            if link is not None and link.failure is None:
                 return link
             parked = self._parked.pop(incarnation, None)
             if parked is None:
@@ -211,7 +215,12 @@ class Group:
                 peer=member.name, incarnation=member.incarnation, evidence=evidence, detail=f"dialling: {error}"
             )
         if failure is None:
-            self._establish(member, sockets, dialling.link, dialled=True)
+            try:
+                self._establish(member, sockets, dialling.link, dialled=True)
+            finally:
+                with self._lock:
+                    if self._dials.get(member.incarnation) is dialling:
+                        del self._dials[member.incarnation]
             return
         with self._lock:
             self._dials.pop(member.incarnation, None)
@@ -235,19 +244,17 @@ class Group:
             dialler=dialled,
         )
         with self._lock:
-            former = self._links.pop(member.incarnation, None)
-        if former is not None:
-            former.fail("reset", "replaced by a new connection of the same peer")
-        with self._lock:
             if dialled:  # not earlier: whoever finds neither a link nor a dial would dial once more
                 self._dials.pop(member.incarnation, None)
             if self._closed:
-                for sock in sockets:
-                    sock.close()
+                link.reap()
                 return None
+            former = self._links.get(member.incarnation)
             self._links[member.incarnation] = link
             attempts = list(self._attempts.values())
             link.start()
+        if former is not None:
+            former.fail("reset", "replaced by a new connection of the same peer")
         for attempt in attempts:
             attempt.linked(link)
         return link
@@ -286,8 +293,9 @@ class Group:
             self._dead.append(link)
             attempts = list(self._attempts.values())
         again = [attempt.unlink(link) for attempt in attempts]
-        if any(again) and not self._closed:
-            self._ensure(link.member)
+        if any(again):
+            with contextlib.suppress(ValueError):  # closed just now: nobody needs it any more
+                self._ensure(link.member)
         if self._on_lost is not None and link.failure is not None:
             self._tell(self._on_lost, link.member, link.failure)
         self._porter.ring()
@@ -313,7 +321,7 @@ class Group:
 
     def slots(self) -> int:
         """Few where there are many links: all that they share stays within a few megabytes."""
-        return max(2, min(MAX_SLOTS, _SHARED_BYTES // (self.options.chunk_bytes * max(1, len(self._links)))))
+        return max(1, min(MAX_SLOTS, _SHARED_BYTES // (self.options.chunk_bytes * max(1, len(self._links)))))
 
     # What the porter asks (handshake.House).
 
@@ -468,7 +476,7 @@ class Group:
         for array, span in ((numbers, read), (out, patterns.result_span(start, me))):
             if array is not None and span is not None and array.size != span[1] - span[0]:
                 raise ValueError(f"the start is about {span[1] - span[0]} elements here, the tensor has {array.size}")
-        if numbers is not None and numbers.size and numbers.ctypes.data == out.ctypes.data:
+        if numbers is not None and numbers.size and np.may_share_memory(numbers, out):
             raise ValueError("source and result must be different memory: the source is what a retry starts from")
         return numbers, out
 
@@ -476,9 +484,7 @@ class Group:
         """Wait for the end; True if the result is whole."""
         attempt.begin()
         for peer in list(attempt.peers.values()):
-            link = self._ensure(peer.member)
-            if link is not None:
-                attempt.linked(link)
+            self._adopt(attempt, peer.member)
         with attempt.condition:
             while not attempt.settled:
                 attempt.condition.wait(self._patience(attempt))
@@ -503,9 +509,16 @@ class Group:
                 return 0.0
             if now >= peer.look_at:
                 peer.look_at = now + 1.0
+                self._adopt(attempt, peer.member)
                 self._look_for(peer.member, timed_out)
             left = min(left, limit - waited, peer.look_at - now)
         return left
+
+    def _adopt(self, attempt: Attempt, member: Member) -> None:
+        """Use the link to this member, or see to it that one is being built."""
+        link = self._ensure(member)
+        if link is not None:
+            attempt.linked(link)
 
     def _look_for(self, member: Member, failure: LinkFailure) -> None:
         """Whoever should dial here and does not may be dead: its port says so long before the time is up."""
@@ -525,8 +538,9 @@ class Group:
 
         thread = threading.Thread(target=look, name=f"look-{member.name}", daemon=True)
         with self._lock:
-            self._diallers.add(thread)
-        thread.start()
+            if not self._closed:
+                self._diallers.add(thread)
+                thread.start()
 
     def _succeeded(self, attempt: Attempt) -> Done:
         digest = attempt.digest()

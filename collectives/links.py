@@ -150,6 +150,9 @@ class Outgoing:
         return (0 if self.numbers is None else 1, self.key.round)
 
 
+_RELEASING = threading.Lock()
+
+
 class _Frame:
     """A frame on its way into the kernel; its payload may go into a slot instead, whose memory is `room`.
 
@@ -179,9 +182,11 @@ class _Frame:
         self.release()
 
     def release(self) -> None:
-        if self.lease is not None:
-            self.lease.release()
-            self.lease = None
+        """Once, whoever comes first: the thread that sends, or the one that finds the link dead."""
+        with _RELEASING:
+            lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.release()
 
     def _skip(self, sent: int) -> None:
         pending = self.pending
@@ -270,8 +275,8 @@ class Link:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
         self._by_fd: dict[int, Stripe] = {}
         self._threads: list[threading.Thread] = []
-        for poller in (self._writable, self._readable):
-            poller.register(self._bell, select.EPOLLIN)
+        self._writable.register(self._bell, select.EPOLLIN)
+        self._readable.register(self._bell, select.EPOLLIN | select.EPOLLET)  # only the sender thread reads it
 
     def start(self) -> None:
         """Start the threads. Call once."""
@@ -349,6 +354,10 @@ class Link:
                 self._abandon(stripe)
                 self.fail(evidence_of(error), str(error))
                 return
+            except BaseException:  # this may be the user's thread, and Ctrl-C: nobody would finish the frame
+                self._abandon(stripe)
+                self.fail("reset", "interrupted in the middle of a frame")
+                raise
         with self._lock:
             stuck = bool(self._queue) and self._queue[0][2].bulk and self.sharing.waiting
             more = bool(self._queue) and self._idle() is not None and not stuck
@@ -627,7 +636,7 @@ class Link:
                 if alone:
                     continue
                 self._hand_over(stripe)
-            except OSError:
+            except BaseException:
                 self._abandon(stripe)
                 raise
             fresh, following = True, self._claim()
@@ -643,6 +652,9 @@ class Link:
             self._writable.modify(stripe.socket, select.EPOLLOUT | select.EPOLLONESHOT)
         if self.failure is not None:
             self._abandon(stripe)
+        frame = stripe.frame
+        if frame is not None and frame.lease is not None and frame.lease.revoked:
+            self._ring()  # the sender thread may have looked just before
 
     def _ring(self) -> None:
         with self._lock:
@@ -683,6 +695,8 @@ class Link:
             self._stripe_ended(stripe, error)
             return False
         header = frames.decode(inbound.data)
+        if header.kind in (Kind.SCATTER, Kind.GATHER) and header.checked != self._options.checksum:
+            raise FrameError(f"checksum is {self._options.checksum} here: use the same on all members")
         if header.run != self._run or header.incarnation != self.member.incarnation:
             raise FrameError("a frame of another run or another incarnation")
         if header.kind is Kind.BYE:

@@ -19,6 +19,7 @@ from collectives.records import Member, Start
 from collectives.wires import WIRES
 
 _ALIGN = 16  # elements: one cache line of float32
+SMALLEST = _ALIGN * 8  # bytes: a chunk may have no less, whatever the type
 REDUCTIONS = ("sum", "min", "max")
 OPS = (*REDUCTIONS, "reduce_scatter", "broadcast", "all_gather")
 PATTERNS = ("direct", "ring", "tree")
@@ -159,6 +160,8 @@ def _check_numbers(start: Start) -> None:
         raise ValueError(f"multipliers and segments must have one entry for each of the {count} contributors")
     if start.segments and (min(start.segments) < 0 or sum(start.segments) != start.elements):
         raise ValueError(f"segments must be non-negative and sum to {start.elements}, got {start.segments}")
+    if start.segments and start.op not in ("all_gather", "reduce_scatter"):
+        raise ValueError(f"only all_gather and reduce_scatter have segments, not {start.op!r}")
     if not start.segments:
         _check_shares(start)
     if not all(map(math.isfinite, (*start.multipliers, start.divisor))) or np.float32(start.divisor) == 0:
@@ -168,6 +171,8 @@ def _check_numbers(start: Start) -> None:
         raise ValueError(f"only sums of floating point numbers have multipliers and a divisor, not {start.op!r}")
     if min(start.elements, start.generation, start.epoch, start.round, start.attempt) < 0:
         raise ValueError("elements, generation, epoch, round and attempt must be non-negative")
+    if start.attempt >> 32 or max(start.elements, start.generation, start.epoch, start.round) >> 63:
+        raise ValueError("attempt must fit 32 bits; elements, generation, epoch and round must fit 63")
 
 
 def _check_shares(start: Start) -> None:

@@ -134,13 +134,19 @@ class LinkFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkRecord:
-    """What one link carried during one operation. Bytes include frame headers."""
+    """What one link carried during one operation. Bytes include frame headers.
+
+    retransmits: packets that were sent again meanwhile, for whatever the link carried. rtt: seconds, the shortest
+    lately; 0.0 until known. stripes: at its end.
+    """
 
     peer: str
     bytes_sent: int
     bytes_received: int
     send_blocked_seconds: float
     stripes: int
+    retransmits: int = 0
+    rtt: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

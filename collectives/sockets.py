@@ -23,7 +23,8 @@ AUTO = "auto"
 MOST_STRIPES = 64
 FAR = 2e-3  # seconds of round trip from which a path is a long one
 NEAR = 1e-3
-UNSENT = 16 << 10  # bytes that a stripe of a long path takes before their turn: others may be free earlier
+UNPACED = ("cubic", "reno")
+UNSENT = 32 << 10  # bytes that a stripe of a long path takes before their turn: others may be free earlier
 # struct tcp_info of Linux 4.19 and later, as far as it is read here: of 8 bytes, 24 numbers of 32 bits, 4 of 64 bits, 6
 # of 32, 4 of 64, 2 of 32 and 2 of 64
 _INFO = struct.Struct("=2x2B4x 8xI36xI8xI8xI16xI 16xQ8x 12xI8x 8xQ16x 8x 2Q")
@@ -42,8 +43,8 @@ class LinkOptions:
     path_timeout: seconds in which nothing is acknowledged, though it was asked for repeatedly, after which a path is
     cut. A peer that does not read still acknowledges, and so does the kernel of one that is frozen.
     congestion_control: per socket; a name that the kernel lacks is a ValueError. None is the system's, but for paths of
-    less than 1 ms where the system's is bbr: they get cubic if there is one, since the pacing of bbr costs half as much
-    CPU time again there.
+    less than 1 ms where the system's is bbr: they get cubic, or reno where that is not to be had, since the pacing of
+    bbr costs half as much CPU time again there.
     send_buffer, receive_buffer: bytes, None for the kernel's own tuning (up to the third number of net.ipv4.tcp_wmem
     and tcp_rmem; a set size is capped by net.core.wmem_max and rmem_max). Where these bind, more stripes help.
     keepalive: idle seconds, interval, probes. These packets also keep the entries of NATs on the way alive, on each
@@ -232,6 +233,15 @@ def tune_early(sock: socket.socket, options: LinkOptions) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.receive_buffer)
     if options.congestion_control is not None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, options.congestion_control.encode())
+    elif congestion_control(sock) == "bbr":  # a socket that had it goes on pacing when it is given another one later
+        _use_one_of(sock, *UNPACED)
+
+
+def _use_one_of(sock: socket.socket, *names: str) -> None:
+    for name in names:
+        with contextlib.suppress(OSError):  # the kernel has no such, or does not let us have it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            return
 
 
 def tune_data(sock: socket.socket, options: LinkOptions) -> None:
@@ -249,9 +259,9 @@ def tune_data(sock: socket.socket, options: LinkOptions) -> None:
     if rtt > FAR:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, _UNLIMITED)  # bursts overflow the queues on the way
-    if rtt < NEAR and options.congestion_control is None and congestion_control(sock) == "bbr":
-        with contextlib.suppress(OSError):  # the kernel has no other, or does not let us have it
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+    if rtt >= NEAR and options.congestion_control is None:
+        with socket.socket() as fresh:
+            _use_one_of(sock, congestion_control(fresh))
 
 
 def congestion_control(sock: socket.socket) -> str:

@@ -113,14 +113,25 @@ class HalfWidth:
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
         self._dtype = dtype
+        self._infinity, self._nan = (0x7F80, 0x7FC0) if dtype is torch.bfloat16 else (0x7C00, 0x7E00)
 
     def size(self, elements: int) -> int:
         return 2 * elements
 
     def encode(self, numbers: Floats, scratch: memoryview) -> memoryview:
         data = scratch[: 2 * numbers.size]
-        _convert(torch.from_numpy(numbers), torch.frombuffer(data, dtype=self._dtype)) if numbers.size else None
+        if numbers.size:
+            _convert(torch.from_numpy(numbers), torch.frombuffer(data, dtype=self._dtype))
+            self._unify(np.frombuffer(data, dtype=np.uint16))
         return data
+
+    def _unify(self, bits: NDArray[np.uint16]) -> None:
+        """One pattern for every NaN: the conversions of torch do not agree on one, not even within a tensor."""
+        for start in range(0, bits.size, _PIECE):
+            piece = bits[start : start + _PIECE]
+            magnitudes = piece & np.uint16(0x7FFF)
+            if magnitudes.max() > self._infinity:
+                piece[magnitudes > self._infinity] = self._nan
 
     def decode(self, data: memoryview, out: Floats) -> None:
         if out.size:

@@ -24,6 +24,7 @@ PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
 PLANNED_AT_ALL = 64
 STEADY = 1.25  # a measurement that moved by less is as good as the one before
 FAR = 2e-3  # seconds of round trip from which chunks are cut finer
+SAME_HOST = 5e-5  # seconds of round trip that no network has
 NEAR = 1e-3  # seconds of round trip up to which hosts are in one room
 LARGE = 8 << 20  # bytes from which a ring costs near hosts less than its hops: each has two links to serve, not all
 FAST = 100e6  # bytes/s
@@ -72,7 +73,8 @@ class Routes:
         """What `name` sees of its links to other members now; what is no measurement is left out."""
         for link in links:
             if link.peer in members and 0 <= link.goodput < 1e15 and 0 <= link.rtt < 1e3:
-                link = replace(link, goodput=min(link.goodput, FASTEST))
+                alike = 0 < link.rtt < SAME_HOST or link.goodput > FASTEST
+                link = replace(link, goodput=FASTEST if alike else link.goodput)
                 before = self._links.get((name, link.peer))
                 if before is None or _moved(before.goodput, link.goodput) or _moved(before.rtt, link.rtt):
                     self._links[name, link.peer] = link

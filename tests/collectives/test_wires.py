@@ -286,3 +286,17 @@ def test_every_public_name_resolves() -> None:
     assert set(collectives.__all__) <= set(dir(collectives))
     with pytest.raises(AttributeError, match="nonsense"):
         collectives.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize("count", [1, 7, 16, 31, 33])
+def test_every_nan_is_encoded_alike_and_encodes_again_to_the_same_bytes(name: str, count: int) -> None:
+    """A result is encoded once for its checksum and again for each destination."""
+    wire = WIRES[name]
+    bits = np.array([0x7FFFFFFF, 0x7FC00000, 0xFFC00001, 0x7F800001], dtype=np.uint32)
+    values = np.resize(bits, count).view(np.float32)
+    once = bytes(wire.encode(values, memoryview(bytearray(4 * count))))
+    out = np.empty(count, dtype=np.float32)
+    wire.decode(memoryview(bytearray(once)), out)
+    assert np.isnan(out).all() and len(set(np.frombuffer(once, dtype=np.uint16))) == 1
+    assert bytes(wire.encode(out, memoryview(bytearray(4 * count)))) == once
