@@ -187,7 +187,7 @@ class Bare:
             round=self._round,
             attempt=0,
             fragment=0,
-            base_version=0,
+            base_version=-1,  # no round of an outer loop, of whose result there is a hash of its own
             contributors=self._members,
             shares=shares,
             elements=elements,
