@@ -75,7 +75,8 @@ _HOMES = {
     "DiLoCo": "outer.diloco",
     "OuterLoop": "outer.engine",
     **dict.fromkeys(("SGD", "Nesterov"), "outer.optimizers"),
-    **dict.fromkeys(("Finished", "Gathered", "LinkOptions", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
+    **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
+    "LinkOptions": "peer",
 }
 
 __all__ = [
