@@ -27,6 +27,7 @@ from benchmarks.allreduce import known
 from benchmarks.common import Report, Team
 from benchmarks.wan.wan import DEV, Topology, Wan, WanError
 from collectives.topology import Matrix, plan, ring_plan
+from collectives.tuning import fine_chunk
 
 BITS = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4, "e3m0": 4}
 # Of a packet, what is left for data: 20 bytes of IP, 20 of TCP and 12 of its timestamps go.
@@ -188,12 +189,18 @@ def rows(base: Side, topology: Topology, arguments: argparse.Namespace) -> list[
     for pattern in arguments.patterns.split(","):
         for wire in arguments.wires.split(","):
             send, gather = wires_of(wire)
-            start = {"wire": send, **pattern_of(pattern, wire, topology, base.elements)}
+            start = {"wire": send, "chunk_bytes": cut(topology), **pattern_of(pattern, wire, topology, base.elements)}
             if gather != send:
                 start["gather_wire"] = gather
             title = pattern_title(pattern, start, topology)
             made.append(replace(base, wire=wire, pattern=title, start=start))
     return made
+
+
+def cut(topology: Topology) -> int:
+    """How finely tensors are cut: as the coordinator would tell these sites to."""
+    ways = [(topology.links[a, b], topology.links[b, a]) for a, b in topology.links]
+    return fine_chunk(((one["delay_ms"] + other["delay_ms"]) / 1000, usable(topology, one)) for one, other in ways)
 
 
 def pattern_title(text: str, start: dict[str, Any], topology: Topology) -> str:
@@ -293,7 +300,7 @@ def main() -> None:
     parser.add_argument("--wires", default="f32", help="e.g. f32,int8,int4+int8")
     parser.add_argument("--patterns", default="direct", help="e.g. planned,worst,direct,direct:0.5/0.25/0.25,ring:acb")
     parser.add_argument("--cc", default="cubic", help="of both sides, e.g. cubic,bbr")
-    parser.add_argument("--stripes", default="2", help="per link, e.g. 2,8,16")
+    parser.add_argument("--stripes", default="auto", help="per link, e.g. auto,2,8,16")
     parser.add_argument("--chunk", type=int, metavar="BYTES", help="LinkOptions.chunk_bytes (default: ours)")
     parser.add_argument("--settle", type=int, default=2, metavar="N", help="operations first that do not count")
     parser.add_argument(

@@ -402,7 +402,7 @@ class Group:
         def work() -> None:
             try:
                 for sock in dialling.connect():
-                    link.add(sock)
+                    link.add(sock, dialled=True)
             except (OSError, ValueError):
                 link.care.refused()
             finally:

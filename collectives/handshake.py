@@ -40,6 +40,7 @@ from collectives.tuning import first_count
 _GREETING = HEADER_BYTES + Hello.SIZE
 _SWEEP_SECONDS = 0.5
 _STAGGER_SECONDS = 0.25
+_STRIPES = (Purpose.LINK, Purpose.STRIPE)
 
 
 class Refused(OSError):
@@ -255,7 +256,7 @@ class Dialling:
             raise FrameError("the other side does not answer like a peer of this run")
         if header.incarnation != self._member.incarnation:
             raise Refused(Refusal.GONE, "another incarnation answered")
-        tune_data(sock, self._me.options)
+        tune_data(sock, self._me.options, stripe=self._purpose in _STRIPES)
 
     def _hand_over(self, done: list[socket.socket]) -> list[socket.socket]:
         with self._lock:
@@ -488,7 +489,7 @@ class Porter:
         if hello.purpose is Purpose.PROBE:
             sock.close()
             return
-        tune_data(sock, self._me.options)
+        tune_data(sock, self._me.options, stripe=hello.purpose in _STRIPES)
         if hello.purpose is Purpose.FETCH:
             if not self._house.fetcher(sock):
                 sock.close()

@@ -54,7 +54,6 @@ _REMEMBERED_READY = 256
 PIECE = 1 << 19  # bytes that are received, hashed and added while they are in cache
 _MANY = 2  # frames for each stripe: where more wait, none needs to be chosen with care
 _RATED_SECONDS = 0.05
-_TOGETHER = 4  # headers of frames in shared memory that leave in one call
 _BURST = 8  # frames that one stripe may deliver before the others are looked at
 
 
@@ -154,18 +153,14 @@ _RELEASING = threading.Lock()
 
 
 class _Frame:
-    """A frame on its way into the kernel; its payload may go into a slot instead, whose memory is `room`.
+    """A frame on its way into the kernel; its payload may go into a slot instead, whose memory is `room`."""
 
-    more: frames whose payloads are in slots as well, and whose headers leave together with this one's.
-    """
-
-    __slots__ = ("begun", "buffer", "item", "lease", "more", "nbytes", "pending", "room", "slot")
+    __slots__ = ("begun", "buffer", "item", "lease", "nbytes", "pending", "room", "slot")
 
     def __init__(self, item: Outgoing, pending: list[Any], lease: Lease | None, buffer: memoryview | None) -> None:
         self.item, self.pending, self.lease, self.buffer = item, pending, lease, buffer
         self.nbytes = sum(map(len, pending))
         self.slot, self.room = -1, memoryview(b"")
-        self.more: list[_Frame] = []
         self.begun = time.perf_counter()
 
     def advance(self, sock: socket.socket, flags: int) -> bool:
@@ -217,7 +212,7 @@ class Stripe:
     rate: bytes/s that it can carry at the moment, on long paths; rated_at: time.perf_counter() of that.
     frame: what a sender has begun and not finished. busy: it is taken, by the thread that sends on it, or by the sender
     thread once it was handed over. finished: nothing more comes in. retiring: it takes no more frames; parting: but its
-    BYE, that has left when goodbye is set.
+    BYE, that has left when goodbye is set. unproven: the other side dialled it late, and has not said anything yet.
     """
 
     socket: socket.socket
@@ -233,6 +228,7 @@ class Stripe:
     retiring: bool = False
     parting: bool = False
     goodbye: bool = False
+    unproven: bool = False
     retransmits: int = 0
     inbound: _Inbound = field(default_factory=_Inbound)
 
@@ -294,17 +290,22 @@ class Link:
         self._writable.register(fd, select.EPOLLONESHOT)
         self._readable.register(fd, select.EPOLLIN)
 
-    def add(self, sock: socket.socket) -> None:
-        """One more stripe. On a dead link the socket is closed."""
+    def add(self, sock: socket.socket, *, dialled: bool = False) -> None:
+        """One more stripe. On a dead link the socket is closed.
+
+        Who dialled it says something on it; the other side waits for that, since until then the dialler may give it up.
+        """
+        stripe = Stripe(sock, busy=True, unproven=not dialled)
         with self._lock:
             alive = self.failure is None and not self._closing
             if alive:
-                stripe = Stripe(sock)
                 self.stripes = [*self.stripes, stripe]
                 self._watch(stripe)
         if not alive:
             sock.close()
-        self._pump(1)
+        elif dialled:
+            self._say(stripe, Kind.STRIPES)
+            self._pump(1)
 
     def retire(self, stripe: Stripe, *, last: bool = False) -> None:
         """Send no more on this stripe, and let it end in good order; without `last`, one stays."""
@@ -405,7 +406,7 @@ class Link:
             return None
         return _Frame(item, [], lease, None)
 
-    # Shared memory. The first four under the lock.
+    # Shared memory. The first three under the lock.
 
     def _memory_for(self, items: tuple[Outgoing, ...]) -> tuple[Outgoing, ...]:
         """Before the first numbers that are worth it, the other side is told of memory for them."""
@@ -427,18 +428,6 @@ class Link:
             outbox.give(slot)
         else:
             frame.slot, frame.room = slot, outbox.view(slot)
-
-    def _following(self) -> _Frame | None:
-        """The next frame of the queue, if there is a slot for it."""
-        while self._queue and self._queue[0][2].bulk and self.failure is None:
-            slot = self._slot_for(self._queue[0][2])
-            if slot is None:
-                return None
-            frame = self._open(heapq.heappop(self._queue)[2])
-            self._lend(slot, frame)
-            if frame is not None:
-                return frame
-        return None
 
     def _share(self, frame: _Frame, payload: memoryview) -> memoryview:
         """The payload, in its slot: the memory that it came from is free again."""
@@ -493,22 +482,6 @@ class Link:
         self._finish(stripe, frame)
 
     def _encode(self, frame: _Frame) -> bool:
-        """Make ready what is to leave; False if the frame's wire refuses the numbers."""
-        if not self._pack(frame):
-            return False
-        while frame.slot >= 0 and len(frame.more) < _TOGETHER - 1:
-            with self._lock:
-                following = self._following()
-            if following is None:
-                break
-            if self._pack(following):
-                frame.more.append(following)
-                frame.pending += following.pending
-            else:
-                following.release()
-        return True
-
-    def _pack(self, frame: _Frame) -> bool:
         """Header and payload of a frame; False if its wire refuses the numbers."""
         item, payload = frame.item, memoryview(b"")
         if item.numbers is not None and item.wire is None:
@@ -554,15 +527,13 @@ class Link:
             self._pool.give(frame.buffer)
         seconds = time.perf_counter() - frame.begun
         stripe.seconds_sending += seconds
-        stripe.bytes_sent += frame.nbytes + sum(each.nbytes for each in frame.more)
+        stripe.bytes_sent += frame.nbytes
         stripe.frame = None
         if self._far:
             self._rate(stripe)
         self._free(stripe)
         if frame.nbytes:
             frame.item.sent(frame.nbytes, seconds)
-        for each in frame.more:
-            each.item.sent(each.nbytes, seconds)
 
     def _rate(self, stripe: Stripe) -> None:
         now = time.perf_counter()
@@ -575,13 +546,14 @@ class Link:
             stripe.busy = stripe.retiring
         if stripe.retiring and not stripe.parting:
             stripe.parting = True
-            self._say_goodbye(stripe)
+            self._say(stripe, Kind.BYE)
         elif stripe.retiring:
             self._said_goodbye(stripe)
 
-    def _say_goodbye(self, stripe: Stripe) -> None:
-        header = self._header(Kind.BYE, frames.NO_KEY, 0, 0, frames.checksum(b""))
-        frame = stripe.frame = _Frame(Outgoing(Kind.BYE, frames.NO_KEY), [header], None, None)
+    def _say(self, stripe: Stripe, kind: Kind) -> None:
+        """A frame on this very stripe, that is taken."""
+        header = self._header(kind, frames.NO_KEY, 0, 0, frames.checksum(b""))
+        frame = stripe.frame = _Frame(Outgoing(kind, frames.NO_KEY), [header], None, None)
         try:
             frame.advance(stripe.socket, socket.MSG_DONTWAIT)
             self._finish(stripe, frame)
@@ -699,6 +671,9 @@ class Link:
             raise FrameError(f"checksum is {self._options.checksum} here: use the same on all members")
         if header.run != self._run or header.incarnation != self.member.incarnation:
             raise FrameError("a frame of another run or another incarnation")
+        if stripe.unproven:
+            stripe.unproven = False
+            self._free(stripe)
         if header.kind is Kind.BYE:
             self._stripe_ended(stripe, None)
             return False
@@ -748,6 +723,10 @@ class Link:
         """
         stripe.finished = True
         self._readable.unregister(stripe.socket)
+        if stripe.unproven:
+            stripe.retiring = stripe.goodbye = True
+            self._bury(stripe)
+            return
         self._end = self._end or error
         if all(each.finished for each in self.stripes):
             raise self._end or EndOfStream("closed by the peer in good order")
@@ -884,11 +863,9 @@ class Link:
         """
         if self.sharing.waiting:  # should it have missed what it waits for
             self._pump(self._hooks.slots())
-        for stripe in self.stripes:
-            silent = path_silence(stripe.socket)
-            if silent > self._options.path_timeout:
-                self.fail("timeout", f"nothing acknowledged for {silent:.1f} s while retransmitting")
-                return
+        silent = path_silence(stripe.socket for stripe in self.stripes)
+        if silent > self._options.path_timeout:
+            self.fail("timeout", f"nothing acknowledged for {silent:.1f} s while retransmitting")
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ FAR = 2e-3  # seconds of round trip from which a path is a long one
 NEAR = 1e-3
 UNPACED = ("cubic", "reno")
 UNSENT = 32 << 10  # bytes that a stripe of a long path takes before their turn: others may be free earlier
+_STRIPE_PROBES, _ALONE = 12, 6
 # struct tcp_info of Linux 4.19 and later, as far as it is read here: of 8 bytes, 24 numbers of 32 bits, 4 of 64 bits, 6
 # of 32, 4 of 64, 2 of 32 and 2 of 64
 _INFO = struct.Struct("=2x2B4x 8xI36xI8xI8xI16xI 16xQ8x 12xI8x 8xQ16x 8x 2Q")
@@ -47,8 +48,8 @@ class LinkOptions:
     bbr costs half as much CPU time again there.
     send_buffer, receive_buffer: bytes, None for the kernel's own tuning (up to the third number of net.ipv4.tcp_wmem
     and tcp_rmem; a set size is capped by net.core.wmem_max and rmem_max). Where these bind, more stripes help.
-    keepalive: idle seconds, interval, probes. These packets also keep the entries of NATs on the way alive, on each
-    stripe: they forget after 30 s or more.
+    keepalive: idle seconds, interval, probes (of a link, 12 or more). They also keep the entries of NATs on the way
+    alive, on each stripe: these forget after 30 s or more.
     checksum: xxh3 of every payload, made by the sender and verified by the receiver; headers always have one.
     shared_memory: payloads between peers on one host go through memory that both map, if both sides have this on.
     pool_bytes: early contributions kept per attempt before their turn. parked_links, parked_seconds: bounds on links
@@ -244,15 +245,18 @@ def _use_one_of(sock: socket.socket, *names: str) -> None:
             return
 
 
-def tune_data(sock: socket.socket, options: LinkOptions) -> None:
-    """Blocking with SLICE-long calls, no delay, dead paths noticed when idle, and what suits the length of the path."""
+def tune_data(sock: socket.socket, options: LinkOptions, *, stripe: bool) -> None:
+    """Blocking with SLICE-long calls, no delay, dead paths noticed when idle, and what suits the length of the path.
+
+    stripe: it is one of a link's, whose path is judged by all of them (`path_silence`) long before the kernel does.
+    """
     sock.setblocking(True)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle, interval, probes = options.keepalive
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, max(probes, _STRIPE_PROBES) if stripe else probes)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL)
     rtt = vitals(sock).shortest_rtt
@@ -269,13 +273,18 @@ def congestion_control(sock: socket.socket) -> str:
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0").decode()
 
 
-def path_silence(sock: socket.socket) -> float:
-    """Seconds since the other side last acknowledged anything, if it was asked to repeatedly; else 0."""
-    try:
-        seen = vitals(sock)
-    except OSError:
-        return 0.0
-    return seen.silent if seen.unanswered >= 2 else 0.0
+def path_silence(sockets: Iterable[socket.socket]) -> float:
+    """Seconds since anything was acknowledged on any of a link's sockets, if it was asked for repeatedly; else 0.
+
+    One socket of several may be silent for longer: where the path is full, all its packets may be crowded out by those
+    of the others. A part of its time counts, since it may also be cut off alone.
+    """
+    found = []
+    for sock in sockets:
+        with contextlib.suppress(OSError):  # closed just now
+            found.append(vitals(sock))
+    waiting = [each.silent for each in found if each.unanswered >= 2]
+    return max(min(each.silent for each in found), max(waiting) / _ALONE) if waiting else 0.0
 
 
 def shut(sock: socket.socket) -> None:

@@ -115,6 +115,21 @@ def pace(stripe: Stripe, rate: int) -> None:
     stripe.socket.setsockopt(socket.SOL_SOCKET, PACING, struct.pack("=Q", rate))
 
 
+def test_a_late_stripe_that_is_given_up_does_no_harm() -> None:
+    with pair(2) as made:
+        reduce(made, 0)
+        dialler, other = links_of(made)
+        me = Self(name_hash("run"), made[0].member.incarnation, made[0].options)
+        late = Dialling(me, made[1].member, Purpose.STRIPE, 3, 5.0, link=dialler.ident).connect()
+        eventually(lambda: len(other.stripes) == 5)
+        reduce(made, 1)
+        for sock in late:
+            sock.close()
+        eventually(lambda: len(other.stripes) == 2)
+        reduce(made, 2)
+        assert dialler.failure is None and other.failure is None
+
+
 def test_a_late_stripe_for_no_link_is_refused() -> None:
     with groups(1) as (group,):
         me = Self(name_hash("run"), 7, group.options)

@@ -7,6 +7,7 @@ sockets that come from those.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -23,12 +24,14 @@ from plane import Outcome, assert_exact, make_abort, make_start, numbers, togeth
 
 import elastic
 from benchmarks.wan.wan import Wan
-from collectives import Failed, Group, LinkOptions, Progress, Start
+from collectives import Failed, Group, LinkFailure, LinkOptions, Progress, Start
+from collectives.tuning import FIRST
 
 pytestmark = pytest.mark.wan
 ROOT = Path(__file__).parents[2]
 MIB = (1 << 20) // 4
-OPTIONS = LinkOptions()
+OPTIONS = LinkOptions(shared_memory=False)
+CUBIC = LinkOptions(shared_memory=False, congestion_control="cubic")
 
 
 class At:
@@ -57,15 +60,25 @@ def at_sites(wan: Wan, *calls: Callable[[], Any]) -> list[Any]:
 
 
 @contextmanager
-def groups(wan: Wan, observe: Callable[[Progress], None] | None = None) -> Iterator[list[Group]]:
-    """One at each site; the first one is observed."""
+def groups(
+    wan: Wan,
+    observe: Callable[[Progress], None] | None = None,
+    on_lost: Callable[[LinkFailure], None] | None = None,
+    options: LinkOptions = OPTIONS,
+) -> Iterator[list[Group]]:
+    """One at each site, all in one view; the first one is observed."""
     made: list[Group] = []
     try:
         for index, site in enumerate(wan.sites):
             with wan.inside(site):
-                hook = observe if index == 0 else None
+                first: dict[str, Any] = {"observe": observe, "on_lost": on_lost} if index == 0 else {}
                 listen = f"{wan.addr(site)}:0"
-                made.append(Group(run="run", name=site, incarnation=100 + index, listen=listen, observe=hook))
+                made.append(
+                    Group(run="run", name=site, incarnation=100 + index, listen=listen, options=options, **first)
+                )
+        for group, site in zip(made, wan.sites, strict=True):
+            with wan.inside(site):
+                group.connect([each.member for each in made])
         yield made
     finally:
         for group in made:
@@ -230,3 +243,44 @@ def test_the_benchmark_measures_every_side_and_checks_its_sums() -> None:
         for moving, seconds in zip(sample["moving"], sample["seconds"], strict=True):
             assert sample["ideal"] < moving < seconds
     assert {sample["cells"]["cc"] for sample in (full, half, gloo)} == {"cubic"}
+
+
+def test_stripes_become_more_on_a_lossy_path() -> None:
+    with Wan("lossy3.json", name=f"t{os.getpid()}", max_life=300) as wan, groups(wan, options=CUBIC) as made:
+        members = [group.member for group in made]
+        given = sources(made, 4 * MIB)
+        for round_ in range(60):
+            start = make_start(members, 4 * MIB, round=round_, chunk_bytes=32 << 10)
+            running = Running(wan, made, start, given)
+            assert_exact(start, given, running.wait(), running.results)
+            links = [link for group in made for link in group.statistics().links]
+            if min(link.stripes for link in links) > FIRST:
+                break
+        assert min(link.stripes for link in links) > FIRST
+        assert {link.congestion_control for link in links} == {"cubic"}
+        assert all(link.goodput > 0 and 0.09 < link.rtt < 0.15 for link in links), links
+        assert sum(link.retransmits for link in links) > 0
+
+
+def test_idle_links_are_heard_of_by_every_nat_on_the_way_and_a_cut_is_found(wan3: Wan) -> None:
+    lost: list[LinkFailure] = []
+    with groups(wan3, on_lost=lost.append) as made:
+        start = make_start([group.member for group in made], 1000)
+        given = sources(made, start.elements)
+        running = Running(wan3, made, start, given)
+        assert_exact(start, given, running.wait(), running.results)
+        before = packets(wan3)
+        time.sleep(3.0)
+        assert all(now >= before[link] + 2 for link, now in packets(wan3).items()), "silent for seconds"
+        wan3.cut("site-a", "site-c")
+        cut = time.monotonic()
+        while not lost:
+            assert time.monotonic() < cut + 30, "the cut was not found"
+            time.sleep(0.01)
+        assert [(failure.peer, failure.evidence) for failure in lost] == [("site-c", "timeout")]
+        assert time.monotonic() - cut < OPTIONS.path_timeout + 2.0
+        assert states(made[1]) == {"site-a": "up", "site-c": "up"}
+
+
+def packets(wan: Wan) -> dict[tuple[str, str], int]:
+    return {(link["from"], link["to"]): int(link["out_pkts"]) for link in wan.links()}
