@@ -189,7 +189,11 @@ def rows(base: Side, topology: Topology, arguments: argparse.Namespace) -> list[
     for pattern in arguments.patterns.split(","):
         for wire in arguments.wires.split(","):
             send, gather = wires_of(wire)
-            start = {"wire": send, "chunk_bytes": cut(topology), **pattern_of(pattern, wire, topology, base.elements)}
+            start = {
+                "wire": send,
+                "chunk_bytes": cut(topology, send),
+                **pattern_of(pattern, wire, topology, base.elements),
+            }
             if gather != send:
                 start["gather_wire"] = gather
             title = pattern_title(pattern, start, topology)
@@ -197,10 +201,11 @@ def rows(base: Side, topology: Topology, arguments: argparse.Namespace) -> list[
     return made
 
 
-def cut(topology: Topology) -> int:
+def cut(topology: Topology, wire: str) -> int:
     """How finely tensors are cut: as the coordinator would tell these sites to."""
     ways = [(topology.links[a, b], topology.links[b, a]) for a, b in topology.links]
-    return fine_chunk(((one["delay_ms"] + other["delay_ms"]) / 1000, usable(topology, one)) for one, other in ways)
+    links = [((one["delay_ms"] + other["delay_ms"]) / 1000, usable(topology, one)) for one, other in ways]
+    return fine_chunk(links, BITS[wire] / 32)
 
 
 def pattern_title(text: str, start: dict[str, Any], topology: Topology) -> str:

@@ -281,8 +281,10 @@ def worth_it(rate: float, rates: Iterable[float], frame: int, waiting: int) -> b
     return frame / rate <= max(waiting / total, DETOUR * frame / fastest)
 
 
-def fine_chunk(links: Iterable[tuple[float, float]]) -> int:
+def fine_chunk(links: Iterable[tuple[float, float]], factor: float = 1.0) -> int:
     """Bytes in which tensors are cut among links of these (round trip in seconds, bytes/s); 0 for the usual.
+
+    factor: bytes on the wire for each of the tensor's; 0.25 for float32 as int8.
 
     Over long paths each stripe carries little, so that a whole chunk would be long on its way when the others are done.
     On fast ones finer chunks cost more time than they save.
@@ -290,4 +292,5 @@ def fine_chunk(links: Iterable[tuple[float, float]]) -> int:
     far = [goodput for rtt, goodput in links if rtt > FAR]
     if not far:
         return 0
-    return FINE if max(far) > FAST else FINEST
+    carried = FINE if max(far) > FAST else FINEST
+    return min(int(carried / factor) // 64 * 64, 1 << 20)

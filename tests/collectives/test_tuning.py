@@ -201,4 +201,5 @@ def test_the_fastest_stripe_always_takes_a_frame(rates: list[float], waiting: in
 
 def test_chunks_are_finer_on_long_paths() -> None:
     assert fine_chunk([]) == fine_chunk([(0.0001, 1e9), (0.001, 1e7)]) == 0
+    assert fine_chunk([(0.1, 2e7)], 0.25) == 4 * fine_chunk([(0.1, 2e7)])
     assert 0 < fine_chunk([(0.0001, 1e9), (0.1, 2e7)]) < fine_chunk([(0.1, 2e8)])
