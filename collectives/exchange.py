@@ -192,7 +192,8 @@ class Attempt:
 
     def _credit_each(self, start: Start) -> int:
         """How many chunks each contributor may send to an owner before the owner has added any."""
-        buffers = self.host.options.pool_bytes // (start.chunk_bytes or self.host.options.chunk_bytes)
+        limit = self.host.options.chunk_bytes
+        buffers = self.host.options.pool_bytes // min(start.chunk_bytes or limit, limit)
         return max(2, buffers // max(1, len(start.contributors) - 1))
 
     def _plan_arithmetic(self, start: Start) -> None:
@@ -336,12 +337,12 @@ class Attempt:
 
     def _replaced(self, peer: Peer) -> bool:
         """A new link has come before the end of the former one was told. False if too much was lost with that."""
+        if not peer.working:
+            return False
         peer.link, peer.ready = None, False
         failure = LinkFailure(
             peer=peer.member.name, incarnation=peer.member.incarnation, evidence="reset", detail="the link was replaced"
         )
-        if not peer.working:
-            return False
         if not peer.contributor:
             peer.owed = self._owned
         elif not self._may_redial(peer, failure):

@@ -180,7 +180,7 @@ class Group:
                 if incarnation not in self._dials and self._dials_to(member):
                     self._dial(member)
                 return None
-        return self._establish(member, parked.sockets, parked.ident)
+        return self._establish(member, parked.sockets, parked.ident, parked=True)
 
     def _dials_to(self, member: Member) -> bool:
         if not member.addresses:
@@ -229,9 +229,15 @@ class Group:
             attempt.unreachable(failure)
 
     def _establish(
-        self, member: Member, sockets: list[socket.socket], ident: int, *, dialled: bool = False
+        self,
+        member: Member,
+        sockets: list[socket.socket],
+        ident: int,
+        *,
+        dialled: bool = False,
+        parked: bool = False,
     ) -> Link | None:
-        """A link of these sockets replaces any former one to the same incarnation."""
+        """A link of these sockets replaces any former one to the same incarnation, unless they had been parked."""
         link = Link(
             member,
             sockets,
@@ -246,10 +252,10 @@ class Group:
         with self._lock:
             if dialled:  # not earlier: whoever finds neither a link nor a dial would dial once more
                 self._dials.pop(member.incarnation, None)
-            if self._closed:
-                link.reap()
-                return None
             former = self._links.get(member.incarnation)
+            if self._closed or (parked and former is not None and former.failure is None):
+                link.reap()
+                return None if self._closed else former
             self._links[member.incarnation] = link
             attempts = list(self._attempts.values())
             link.start()
@@ -464,8 +470,6 @@ class Group:
 
     def _check(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> tuple[Array | None, Array]:
         patterns.check(start, self.member, self._run_name)
-        if start.chunk_bytes > self.options.chunk_bytes:
-            raise ValueError(f"chunk_bytes is {start.chunk_bytes}: at most {self.options.chunk_bytes} here")
         lives = [member.incarnation for member in start.contributors]
         me = lives.index(self.member.incarnation) if self.member.incarnation in lives else -1
         read = patterns.source_span(start, me)
@@ -485,9 +489,12 @@ class Group:
         attempt.begin()
         for peer in list(attempt.peers.values()):
             self._adopt(attempt, peer.member)
+        while not attempt.settled:
+            self._seek(attempt)
+            with attempt.condition:
+                if not attempt.settled:
+                    attempt.condition.wait(self._patience(attempt))
         with attempt.condition:
-            while not attempt.settled:
-                attempt.condition.wait(self._patience(attempt))
             whole = attempt.reason is None and not attempt.failures
             attempt.finished = whole
         return whole
@@ -497,22 +504,25 @@ class Group:
         now, limit = time.monotonic(), self.options.connect_timeout
         left = 1.0
         for peer in attempt.unlinked():
-            timed_out = LinkFailure(
-                peer=peer.member.name,
-                incarnation=peer.member.incarnation,
-                evidence="timeout",
-                detail=f"no link within {limit:g} s",
-            )
             waited = now - peer.unlinked_since
             if waited >= limit:
-                attempt.unreachable(timed_out)
+                attempt.unreachable(self._timed_out(peer.member))
                 return 0.0
+            left = min(left, limit - waited, max(0.0, peer.look_at - now))
+        return left
+
+    def _timed_out(self, member: Member) -> LinkFailure:
+        detail = f"no link within {self.options.connect_timeout:g} s"
+        return LinkFailure(peer=member.name, incarnation=member.incarnation, evidence="timeout", detail=detail)
+
+    def _seek(self, attempt: Attempt) -> None:
+        """See what became of the links that are missing. Not under the condition: links and other attempts are told."""
+        now = time.monotonic()
+        for peer in attempt.unlinked():
             if now >= peer.look_at:
                 peer.look_at = now + 1.0
                 self._adopt(attempt, peer.member)
-                self._look_for(peer.member, timed_out)
-            left = min(left, limit - waited, peer.look_at - now)
-        return left
+                self._look_for(peer.member, self._timed_out(peer.member))
 
     def _adopt(self, attempt: Attempt, member: Member) -> None:
         """Use the link to this member, or see to it that one is being built."""

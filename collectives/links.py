@@ -166,10 +166,16 @@ class _Frame:
     def advance(self, sock: socket.socket, flags: int) -> bool:
         """Send what the socket takes; True when the frame has left. BlockingIOError when it takes no more now."""
         while self.pending:
-            if self.lease is not None and self.lease.revoked:
+            if self.wanted_back:
                 self.detach()
             self._skip(sock.sendmsg(self.pending, [], flags | socket.MSG_NOSIGNAL))
         return True
+
+    @property
+    def wanted_back(self) -> bool:
+        """The memory that it reads is to be given back. Another thread may do that at any moment."""
+        lease = self.lease
+        return lease is not None and lease.revoked
 
     def detach(self) -> None:
         """The memory is wanted back: go on from a copy, so that the stream stays whole."""
@@ -585,7 +591,7 @@ class Link:
 
     def _give_up_memory(self, stripe: Stripe) -> None:
         frame = stripe.frame
-        if stripe.handed and frame is not None and frame.lease is not None and frame.lease.revoked:
+        if stripe.handed and frame is not None and frame.wanted_back:
             frame.detach()
 
     def _hear(self) -> None:
@@ -625,7 +631,7 @@ class Link:
         if self.failure is not None:
             self._abandon(stripe)
         frame = stripe.frame
-        if frame is not None and frame.lease is not None and frame.lease.revoked:
+        if frame is not None and frame.wanted_back:
             self._ring()  # the sender thread may have looked just before
 
     def _ring(self) -> None:

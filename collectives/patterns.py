@@ -71,9 +71,10 @@ def _cut(ends: list[int], limit: int) -> tuple[Chunk, ...]:
 
 
 def chunks_of(start: Start, chunk_bytes: int) -> tuple[Chunk, ...]:
-    """All chunks of an operation, in order. chunk_bytes: the limit where the Start names none."""
+    """All chunks of an operation, in order. chunk_bytes: the limit of the group."""
     size = np.dtype(start.dtype).itemsize
-    limit = max(_ALIGN, (start.chunk_bytes or chunk_bytes) // max(size, 4) // _ALIGN * _ALIGN)
+    chosen = min(start.chunk_bytes or chunk_bytes, chunk_bytes)
+    limit = max(_ALIGN, chosen // max(size, 4) // _ALIGN * _ALIGN)
     if start.segments:
         return _cut(list(accumulate(start.segments)), limit)
     return partition(start.elements, start.shares, limit)

@@ -748,7 +748,7 @@ class Membership:
             contributors=rounds.members_of(names, self._members()),
             receivers=rounds.members_of(receivers, self._members()),
             sequences=tuple(operation.proposals[name].sequence for name in (*names, *receivers)),
-            chunk_bytes=self.routes.chunk_bytes(names),
+            chunk_bytes=self.routes.chunk_bytes(names, fields["wire"]),
             multipliers=multipliers,
             divisor=divisor,
             **fields,

@@ -13,6 +13,7 @@ from typing import Any
 
 from collectives import topology
 from collectives.topology import Matrix, Plan
+from collectives.tuning import fine_chunk
 
 from .messages import LinkReport, OperationSpec
 from .rounds import Pair, executed, extent
@@ -23,13 +24,10 @@ KEPT_PLANS = 32
 PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
 PLANNED_AT_ALL = 64
 STEADY = 1.25  # a measurement that moved by less is as good as the one before
-FAR = 2e-3  # seconds of round trip from which chunks are cut finer
 SAME_HOST = 5e-5  # seconds of round trip that no network has
 NEAR = 1e-3  # seconds of round trip up to which hosts are in one room
 LARGE = 8 << 20  # bytes from which a ring costs near hosts less than its hops: each has two links to serve, not all
-FAST = 100e6  # bytes/s
 FASTEST = 500e6  # bytes/s: above this, hosts and not paths set the pace, and nothing is to be planned
-FINE, FINER = 256 << 10, 128 << 10
 
 WIRE_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "e3m0": 0.5}
 DTYPE_BYTES = {"float64": 8, "int64": 8, "int16": 2, "int8": 1, "uint8": 1}
@@ -106,13 +104,11 @@ class Routes:
             self._plans.popitem(last=False)
         return plan
 
-    def chunk_bytes(self, names: tuple[str, ...]) -> int:
+    def chunk_bytes(self, names: tuple[str, ...], wire: str) -> int:
         """How finely tensors are cut among these: finer on long ways, for many stripes to share. 0: as usual."""
         links = [self._links.get((one, other)) for one in names for other in names if one != other]
-        known = [link for link in links if link is not None]
-        if not any(link.rtt > FAR for link in known):
-            return 0
-        return FINE if any(link.goodput > FAST for link in known) else FINER
+        known = [(link.rtt, link.goodput) for link in links if link is not None]
+        return fine_chunk(known, factor=WIRE_BYTES.get(wire, 4.0) / 4)
 
     def _first(self, job: Job) -> Plan:
         if len(job.names) <= PLANNED_AT_ONCE:

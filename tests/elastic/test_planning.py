@@ -115,15 +115,16 @@ def test_who_is_no_member_and_what_is_no_measurement_is_not_learned() -> None:
     bad = [LinkReport(peer="stranger", goodput=1e6, rtt=1.0)]
     bad += [LinkReport(peer="b", goodput=goodput, rtt=rtt) for goodput, rtt in ((-1, 0), (float("nan"), 1), (1, 1e300))]
     routes.learn("a", bad, ("a", "b"))
-    assert routes.chunk_bytes(("a", "b", "stranger")) == 0
+    assert routes.chunk_bytes(("a", "b", "stranger"), "f32") == 0
 
 
 def test_chunks_are_finer_on_long_ways() -> None:
-    for rtt, goodput, chunk in ((0.001, 1e7, 0), (0.1, 1e7, 128 << 10), (0.1, 2e8, 256 << 10), (0.1, 0.0, 128 << 10)):
+    for rtt, goodput, chunk in ((0.001, 1e7, 0), (0.1, 1e7, 32 << 10), (0.1, 2e8, 256 << 10), (0.1, 0.0, 32 << 10)):
         routes = Routes()
         routes.learn("a", links(goodput, rtt), NAMES)
-        assert routes.chunk_bytes(NAMES) == chunk
-        assert routes.chunk_bytes(("b", "c")) == 0
+        assert routes.chunk_bytes(NAMES, "f32") == chunk
+        assert routes.chunk_bytes(NAMES, "bf16") == 2 * chunk
+        assert routes.chunk_bytes(("b", "c"), "f32") == 0
 
 
 def test_more_peers_than_can_be_planned_in_a_moment_share_equally_until_they_are() -> None:
