@@ -188,7 +188,7 @@ def test_measured_links_change_shares_and_are_told_once() -> None:
         exchange(world)
         world.tick(1.0)
         start = world.ledger.attempt(1, OUTER, number, 0)
-        assert start.chunk_bytes == 128 << 10 and start.shares[0] > 0.9
+        assert start.chunk_bytes == 32 << 10 and start.shares[0] > 0.9
     (told,) = events(world, "plan.changed")
     assert told["shares"]["a"] == round(start.shares[0], 4)
 
