@@ -31,7 +31,7 @@ class PeerSpec:
     script: str
     function: str = "train"
     config: dict[str, Any] = field(default_factory=dict)
-    stripes: int = 2
+    stripes: int | None = None
     listen: str = "127.0.0.1:0"
     timeouts: Timeouts = field(default_factory=Timeouts)
     events_dir: str | None = None

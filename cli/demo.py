@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from elastic.messages import MemberReport, StatusReport
 
 RUN = "demo"
-WIRES = ("f32", "bf16", "f16")
+WIRES = ("f32", "bf16", "f16", "int8", "int4", "e3m0")
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 2.0
 
@@ -43,7 +43,7 @@ class Settings:
     rounds: int
     sync_every: int
     wire: str
-    stripes: int
+    stripes: int | None
     kill: bool
     seed: int
     port: int
@@ -82,7 +82,7 @@ class Settings:
     help="Inner steps between rounds.",
 )
 @click.option("--wire", type=click.Choice(WIRES), default="f32", show_default=True, help="How numbers travel.")
-@click.option("--stripes", type=click.IntRange(1, 64), default=2, show_default=True, help="TCP connections per link.")
+@click.option("--stripes", type=click.IntRange(1, 64), help="TCP connections per link; by measurement if not given.")
 @click.option("--kill/--no-kill", default=True, show_default=True, help="Kill one peer in the middle of an exchange.")
 @click.option(
     "--seed",

@@ -59,7 +59,8 @@ class Peer:
     waiting: what it gets as soon as it has said READY. unsent: chunks that it gets as soon as it gives credit for more;
     credit, credited: how many that is now, and how many came after the first. added: of its parts, here.
     touched: numbers have travelled between us.
-    unlinked_since, look_at (time.monotonic()): since when it has no link, and when to look for it next.
+    unlinked_since, look_at, finished_at (time.monotonic()): since when it has no link, when to look for it next, and
+    when its last chunk came.
     """
 
     member: Member
@@ -81,6 +82,7 @@ class Peer:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds_sending: float = 0.0
+    finished_at: float = 0.0
     retransmits_before: int = 0
 
     @property
@@ -303,6 +305,7 @@ class Attempt:
                 bytes_received=peer.bytes_received,
                 send_blocked_seconds=peer.seconds_sending,
                 stripes=len(peer.link.stripes) if peer.link is not None else 0,
+                waited_seconds=max(0.0, peer.finished_at - (self._ready_at or self.begun)),
                 retransmits=peer.link.retransmits - peer.retransmits_before if peer.link is not None else 0,
                 rtt=peer.link.care.gauge.rtt if peer.link is not None else 0.0,
             )
@@ -661,6 +664,7 @@ class Attempt:
             peer.expected -= 1
             peer.bytes_received += nbytes
             if not peer.expected:
+                peer.finished_at = time.monotonic()
                 self.condition.notify_all()
 
     def _tell(self, observer: Observer) -> None:

@@ -136,8 +136,10 @@ class LinkFailure:
 class LinkRecord:
     """What one link carried during one operation. Bytes include frame headers.
 
-    retransmits: packets that were sent again meanwhile, for whatever the link carried. rtt: seconds, the shortest
-    lately; 0.0 until known. stripes: at its end.
+    send_blocked_seconds: spent sending, most of it waiting for the kernel. waited_seconds: from when everyone was ready
+    until the last chunk had come from there (0.0 if none was to come): who is slow has the largest. retransmits:
+    packets that were sent again meanwhile, for whatever the link carried. rtt: seconds, the shortest lately; 0.0 until
+    known. stripes: at its end.
     """
 
     peer: str
@@ -145,6 +147,7 @@ class LinkRecord:
     bytes_received: int
     send_blocked_seconds: float
     stripes: int
+    waited_seconds: float = 0.0
     retransmits: int = 0
     rtt: float = 0.0
 
