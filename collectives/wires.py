@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -339,15 +339,3 @@ WIRES: dict[str, Wire] = {
 def round_trip(wire: Wire, numbers: Floats, scratch: memoryview, out: Floats) -> None:
     """What a receiver of `numbers` would hold, written into `out`; `out` may be `numbers`."""
     wire.decode(wire.encode(numbers, scratch), out)
-
-
-def as_floats(tensor: torch.Tensor) -> Floats:
-    """The tensor's memory as a numpy array; ValueError unless it is flat, contiguous, float32 and on the CPU."""
-    flat: Any = tensor.detach()
-    if flat.device.type != "cpu" or flat.dtype != torch.float32 or flat.dim() != 1 or not flat.is_contiguous():
-        raise ValueError(
-            f"tensors must be flat, contiguous float32 on the CPU, got {flat.dtype} of shape {tuple(flat.shape)} on "
-            f"{flat.device}: pass tensor.detach().to('cpu', torch.float32).contiguous().view(-1)"
-        )
-    array: Floats = flat.numpy()
-    return array
