@@ -385,8 +385,11 @@ class Group:
             for key in [key for key, each in self._attempts.items() if each.finished and not each.serving]:
                 del self._attempts[key]
         for link in links:
-            link.check_path()
-            self._tend(link)
+            try:
+                link.check_path()
+                self._tend(link)
+            except Exception as error:  # one link must not close the door to all others
+                link.fail("reset", f"unexpected {type(error).__name__} while it was looked after: {error}")
         self._bury(dead)
 
     def _tend(self, link: Link) -> None:

@@ -479,3 +479,21 @@ def test_a_link_that_comes_too_late_leaves_nothing_open() -> None:
             assert group._establish(Member(name="q", incarnation=9), [sock], 5) is None
             gc.collect()
             assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_what_goes_wrong_in_looking_after_a_link_costs_that_link_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with groups(2) as made:
+        for group in made:
+            group.connect([each.member for each in made])
+        eventually(lambda: all(group.statistics().links for group in made))
+
+        def broken(link: Link) -> None:
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Link, "check_path", broken)
+            eventually(lambda: not any(link.state == "up" for link in made[0].statistics().links))
+        start = make_start([group.member for group in made], 500)
+        sources = {group.member.name: torch.ones(500) for group in made}
+        outcomes, results = run_all(made, start, sources)
+        assert_exact(start, sources, outcomes, results)
