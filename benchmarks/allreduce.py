@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from benchmarks import common
 from benchmarks.common import Report, Team
-from collectives import LinkOptions
 
 PEERS = 3
-# LinkOptions that not every version has: what is measured over TCP must not go through shared memory.
-KNOWN = {each.name for each in fields(LinkOptions)}
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,8 @@ class Side:
 
 
 def known(**options: object) -> dict[str, object]:
-    return {name: value for name, value in options.items() if name in KNOWN and value is not None}
+    """Those that were given: the others stay as they are by default."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def assemble(team: Team, arguments: argparse.Namespace, system: str, cc: str) -> Iterator[Side]:
@@ -50,12 +48,10 @@ def assemble(team: Team, arguments: argparse.Namespace, system: str, cc: str) ->
     address = team.coordinate({"min_peers": PEERS, "quorum": 1.0})
     team.add_peers("peer", address, links={**tcp, "congestion_control": cc})
     yield Side("peer", "peer.all_reduce", team.settle("peer", cc))
-    if "checksum" in KNOWN:
-        team.add_group("plain", **tcp, congestion_control=cc, checksum=False)
-        yield Side("plain", "group, no checksums", team.settle("plain"))
-    if "shared_memory" in KNOWN:
-        team.add_group("memory", **known(stripes=arguments.stripes), congestion_control=cc)
-        yield Side("memory", "group, shared memory", "-")
+    team.add_group("plain", **tcp, congestion_control=cc, checksum=False)
+    yield Side("plain", "group, no checksums", team.settle("plain"))
+    team.add_group("memory", **known(stripes=arguments.stripes), congestion_control=cc)
+    yield Side("memory", "group, shared memory", "-")
 
 
 def measure(team: Team, sides: list[Side], elements: int, arguments: argparse.Namespace) -> dict[str, list[float]]:

@@ -116,7 +116,7 @@ class Part:
     ) -> None:
         self.lease = attempt.lease
         self.peer, self.header, self.early, self.streamed = peer, header, early, streamed
-        self.hasher = xxh3_64() if streamed else None
+        self.hasher = xxh3_64() if streamed and attempt.host.options.checksum else None
         self.buffer: memoryview | None = None
         if view is None:
             self.buffer = attempt.host.pool.take()
@@ -342,16 +342,23 @@ class Attempt:
         """A new link has come before the end of the former one was told. False if too much was lost with that."""
         if not peer.working:
             return False
-        peer.link, peer.ready = None, False
         failure = LinkFailure(
             peer=peer.member.name, incarnation=peer.member.incarnation, evidence="reset", detail="the link was replaced"
         )
+        return self._take_link(peer, failure) or not peer.contributor
+
+    def _take_link(self, peer: Peer, failure: LinkFailure) -> bool:
+        """The peer's link is gone. True if a contributor may have another (a receiver asks); else it is lost."""
+        peer.link, peer.ready = None, False
+        peer.unlinked_since = peer.look_at = time.monotonic()
+        self.condition.notify_all()
         if not peer.contributor:
             peer.owed = self._owned
-        elif not self._may_redial(peer, failure):
-            self._lose(failure)
             return False
-        return True
+        if self._may_redial(peer, failure):
+            return True
+        self._lose(failure)
+        return False
 
     def ready(self, link: Link) -> None:
         """A peer's READY for this attempt has come."""
@@ -368,17 +375,9 @@ class Attempt:
             peer = self.peers.get(link.member.incarnation)
             if peer is None or peer.link is not link or link.failure is None or not peer.working:
                 return False
-            peer.link, peer.ready = None, False
-            peer.unlinked_since = peer.look_at = time.monotonic()
-            self.condition.notify_all()
-            if not peer.contributor:
-                peer.owed = self._owned
-                return False
-            if self._may_redial(peer, link.failure):
-                peer.redials += 1
-                return True
-            self._lose(link.failure)
-            return False
+            again = self._take_link(peer, link.failure)
+            peer.redials += again
+            return again
 
     def _may_redial(self, peer: Peer, failure: LinkFailure) -> bool:
         """A connection that had died while it was idle is no failure of this attempt: no number has travelled on it."""
@@ -434,16 +433,20 @@ class Attempt:
 
     def _scatter(self) -> None:
         """Send up what consists of this member's numbers alone, to each peer in turn."""
-        for peer in self._contributors:
-            mine = [i for i, c in enumerate(self.chunks) if self._starts_here(self.routes[c.owner], peer.index)]
-            if not self._direct and self._own_multiplier != 1:
-                for index in mine:
+        mine: dict[int, list[int]] = {}
+        for index, chunk in enumerate(self.chunks):
+            way = self.routes[chunk.owner]
+            if way.up >= 0 and way.terms == (self.me,):
+                mine.setdefault(way.up, []).append(index)
+                if not self._is_source(chunk):
                     self._add_own(index)
+        for peer in self._contributors:
+            indices = mine.get(peer.index, [])
             if self._direct:
-                peer.unsent, peer.credit = deque(mine), self._window
+                peer.unsent, peer.credit = deque(indices), self._window
                 self._spend(peer)
             else:
-                self._give(Kind.SCATTER, mine, (peer,))
+                self._give(Kind.SCATTER, indices, (peer,))
 
     def _spend(self, peer: Peer) -> None:
         """Send as many chunks as there is credit for."""
@@ -469,9 +472,6 @@ class Attempt:
             peer.added += 1
             if peer.link is not None and not peer.added % max(1, self._window // 2):
                 self._letters.append((peer.link, [Outgoing(Kind.CREDIT, self.key, peer.added)]))
-
-    def _starts_here(self, way: Any, up: int) -> bool:
-        return bool(way.up == up and way.terms == (self.me,))
 
     def _below(self, owner: int) -> list[Peer]:
         """Who gets the result of this owner's chunks from here."""
@@ -716,7 +716,7 @@ class Attempt:
             self._accumulate(position, numbers, out, out, multiplier)
             if self._own_next(chunk, position):
                 self._accumulate(position + 1, self._own(chunk)[piece], out, out, self._own_multiplier)
-        if part.hasher is not None and self.host.options.checksum:
+        if part.hasher is not None:
             part.hasher.update(out.data.cast("B"))
 
     def _absorbed(self, index: int, part: Part) -> None:
@@ -757,14 +757,13 @@ class Attempt:
     def _add_own(self, index: int) -> None:
         chunk = self.chunks[index]
         out, position = self._place(chunk), self._position(index, self.me)
-        multiplier = self._own_multiplier if self.start.op in ("sum", "reduce_scatter") else None
         if self._wire is None or self.start.op in ("broadcast", "all_gather"):
-            self._accumulate(position, self._own(chunk), out, out, multiplier)
+            self._accumulate(position, self._own(chunk), out, out, self._own_multiplier)
             return
         buffer = self.host.pool.take()
         try:
             encoded = self._wire.encode(self._own(chunk), buffer)
-            self._add_encoded(chunk, position, encoded, self._wire, multiplier)
+            self._add_encoded(chunk, position, encoded, self._wire, self._own_multiplier)
         except ValueError as error:
             self._refused(chunk.start, error)
         self.host.pool.give(buffer)

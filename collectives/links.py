@@ -42,6 +42,7 @@ from collectives.sockets import (
     path_silence,
     shut,
     shut_writing,
+    skip,
     vitals,
 )
 from collectives.tuning import Care, worth_it
@@ -157,19 +158,20 @@ class _Frame:
 
     __slots__ = ("begun", "buffer", "item", "lease", "nbytes", "pending", "room", "slot")
 
-    def __init__(self, item: Outgoing, pending: list[Any], lease: Lease | None, buffer: memoryview | None) -> None:
-        self.item, self.pending, self.lease, self.buffer = item, pending, lease, buffer
+    def __init__(self, item: Outgoing, *pending: bytes) -> None:
+        self.item, self.lease = item, item.lease
+        self.pending: list[bytes | memoryview] = [*pending]
         self.nbytes = sum(map(len, pending))
+        self.buffer: memoryview | None = None
         self.slot, self.room = -1, memoryview(b"")
         self.begun = time.perf_counter()
 
-    def advance(self, sock: socket.socket, flags: int) -> bool:
-        """Send what the socket takes; True when the frame has left. BlockingIOError when it takes no more now."""
+    def advance(self, sock: socket.socket, flags: int) -> None:
+        """Send the rest of the frame. BlockingIOError when the socket takes no more now."""
         while self.pending:
             if self.wanted_back:
                 self.detach()
-            self._skip(sock.sendmsg(self.pending, [], flags | socket.MSG_NOSIGNAL))
-        return True
+            skip(self.pending, sock.sendmsg(self.pending, [], flags | socket.MSG_NOSIGNAL))
 
     @property
     def wanted_back(self) -> bool:
@@ -188,13 +190,6 @@ class _Frame:
             lease, self.lease = self.lease, None
         if lease is not None:
             lease.release()
-
-    def _skip(self, sent: int) -> None:
-        pending = self.pending
-        while pending and sent >= len(pending[0]):
-            sent -= len(pending.pop(0))
-        if sent:
-            pending[0] = memoryview(pending[0])[sent:]
 
 
 class _Inbound:
@@ -271,7 +266,6 @@ class Link:
         self._queue: list[tuple[tuple[int, int], int, Outgoing]] = []
         self._order = count()
         self._closing = False
-        self._ended = 0
         self._end: OSError | None = None
         self._writable, self._readable = select.epoll(), select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
@@ -354,7 +348,7 @@ class Link:
             if stripe is None:
                 return
             try:
-                self._begin(stripe)
+                self._transmit(stripe, fresh=True, flags=socket.MSG_DONTWAIT)
             except BlockingIOError:
                 self._hand_over(stripe)
             except OSError as error:
@@ -407,10 +401,7 @@ class Link:
 
     def _open(self, item: Outgoing) -> _Frame | None:
         """Take the item's memory; None if its attempt is over, and nothing of it has left."""
-        lease = item.lease
-        if lease is not None and not lease.acquire():
-            return None
-        return _Frame(item, [], lease, None)
+        return _Frame(item) if item.lease is None or item.lease.acquire() else None
 
     # Shared memory. The first three under the lock.
 
@@ -465,13 +456,13 @@ class Link:
 
     def _use_shared(self, inbound: _Inbound, header: Header) -> None:
         """A payload that lies in the other side's memory."""
-        payload = self.sharing.view(header.slot, header.length)
-        for start in range(0, header.length if inbound.sink is not None else 0, PIECE):
-            stop = min(start + PIECE, header.length)
-            if header.checked:
-                inbound.hasher.update(payload[start:stop])
-            if inbound.sink is not None:
-                inbound.sink.accept(payload, start, stop)
+        payload, sink = self.sharing.view(header.slot, header.length), inbound.sink
+        if sink is not None:
+            for start in range(0, header.length, PIECE):
+                stop = min(start + PIECE, header.length)
+                if header.checked:
+                    inbound.hasher.update(payload[start:stop])
+                sink.accept(payload, start, stop)
         inbound.got, inbound.drain = header.length, 0
 
     def _give_back(self, slot: int) -> None:
@@ -480,11 +471,12 @@ class Link:
 
     # Frames.
 
-    def _begin(self, stripe: Stripe) -> None:
+    def _transmit(self, stripe: Stripe, *, fresh: bool, flags: int) -> None:
+        """Send a claimed stripe's frame: from its beginning, or what BlockingIOError has left of it."""
         frame = stripe.frame
         assert frame is not None, "a claimed stripe has a frame"
-        if self._encode(frame):
-            frame.advance(stripe.socket, socket.MSG_DONTWAIT)
+        if not fresh or self._encode(frame):
+            frame.advance(stripe.socket, flags)
         self._finish(stripe, frame)
 
     def _encode(self, frame: _Frame) -> bool:
@@ -559,7 +551,7 @@ class Link:
     def _say(self, stripe: Stripe, kind: Kind) -> None:
         """A frame on this very stripe, that is taken."""
         header = self._header(kind, frames.NO_KEY, 0, 0, frames.checksum(b""))
-        frame = stripe.frame = _Frame(Outgoing(kind, frames.NO_KEY), [header], None, None)
+        frame = stripe.frame = _Frame(Outgoing(kind, frames.NO_KEY), header)
         try:
             frame.advance(stripe.socket, socket.MSG_DONTWAIT)
             self._finish(stripe, frame)
@@ -603,12 +595,9 @@ class Link:
     def _drive(self, stripe: Stripe, *, fresh: bool) -> None:
         """Send this stripe's frame and what follows; wait for the socket only if there is no other stripe to serve."""
         while self.failure is None:
-            frame, alone = stripe.frame, len(self.stripes) == 1
-            assert frame is not None, "a claimed stripe has a frame"
+            alone = len(self.stripes) == 1
             try:
-                if not fresh or self._encode(frame):
-                    frame.advance(stripe.socket, 0 if alone else socket.MSG_DONTWAIT)
-                self._finish(stripe, frame)
+                self._transmit(stripe, fresh=fresh, flags=0 if alone else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 fresh = False
                 if alone:

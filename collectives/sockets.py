@@ -311,7 +311,7 @@ def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], lease: 
                 lease.release()
                 lease = None
             try:
-                _skip(pending, sock.sendmsg(pending, [], socket.MSG_NOSIGNAL))
+                skip(pending, sock.sendmsg(pending, [], socket.MSG_NOSIGNAL))
             except BlockingIOError:
                 continue
     finally:
@@ -319,7 +319,8 @@ def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], lease: 
             lease.release()
 
 
-def _skip(pending: list[bytes | memoryview], sent: int) -> None:
+def skip(pending: list[bytes | memoryview], sent: int) -> None:
+    """Take what has been sent off the front of a list of buffers."""
     while pending and sent >= len(pending[0]):
         sent -= len(pending.pop(0))
     if sent:
@@ -338,12 +339,6 @@ def receive_into(sock: socket.socket, view: memoryview, lease: Lease | None = No
             raise EndOfStream("the peer closed the connection")
         got += count
     return got
-
-
-def drain(sock: socket.socket, count: int, scratch: memoryview) -> None:
-    """Read and forget so many bytes."""
-    while count:
-        count -= receive_into(sock, scratch[: min(count, len(scratch))])
 
 
 def remaining(deadline: float) -> float:

@@ -907,9 +907,9 @@ def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence
 def _measured(link: LinkStatistics) -> LinkReport:
     return LinkReport(
         peer=link.peer,
-        goodput=float(getattr(link, "goodput", 0.0)),
-        rtt=float(getattr(link, "rtt", 0.0)),
-        retransmits=int(getattr(link, "retransmits", 0)),
+        goodput=link.goodput,
+        rtt=link.rtt,
+        retransmits=link.retransmits,
         stripes=link.stripes,
     )
 

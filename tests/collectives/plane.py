@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -69,6 +70,14 @@ def groups(count: int, options: LinkOptions = SMALL, **changes: Any) -> Iterator
     finally:
         for group in made:
             group.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for something that another thread brings about."""
+    deadline, tick = time.monotonic() + seconds, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        tick.wait(0.01)
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:

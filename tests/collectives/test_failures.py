@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,6 +19,7 @@ from plane import (
     SMALL,
     Process,
     assert_exact,
+    eventually,
     expected,
     groups,
     make_abort,
@@ -51,16 +52,6 @@ def processes(count: int) -> Iterator[list[Process]]:
 
 def sources_for(count: int, elements: int = ELEMENTS) -> dict[str, torch.Tensor]:
     return {f"p{index}": numbers(elements, index) for index in range(count)}
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for something that another thread brings about."""
-    tick = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        tick.wait(0.01)
-    raise AssertionError("it never happened")
 
 
 @pytest.mark.parametrize(("victim", "kill_at"), [(0, 1), (1, 5), (2, 20), (0, 38), (1, 57), (2, 1)])

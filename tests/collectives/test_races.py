@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from plane import assert_exact, groups, make_abort, make_start, numbers, run_all
+from plane import eventually as patiently
 
 from collectives import Done, Failed, Group, LinkFailure, LinkOptions, Member, Start, links
 from collectives.exchange import Attempt
@@ -27,6 +29,8 @@ from collectives.sockets import SLICE, Lease
 OPTIONS = LinkOptions(chunk_bytes=4096, connect_timeout=3.0, stripes=1, shared_memory=False)
 PATIENCE = 10.0  # seconds after which a call counts as hanging
 BIG = 12 << 20  # bytes: more than the kernel keeps for a peer that does not read
+
+eventually = partial(patiently, seconds=10.0)
 
 
 class Call:
@@ -53,15 +57,6 @@ class Call:
 
 def wait_for(event: threading.Event) -> None:
     assert event.wait(PATIENCE), "it never happened"
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(1000):
-        if condition():
-            return
-        tick.wait(0.01)
-    raise AssertionError("it never happened")
 
 
 def run(group: Group, start: Start, source: torch.Tensor | None, result: torch.Tensor | None = None) -> Call:

@@ -6,7 +6,6 @@ import fcntl
 import gc
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Forked, Run, Strike, digest_of
-from plane import assert_exact, expected, groups, make_abort, make_start, numbers, run_all, together
+from plane import assert_exact, eventually, expected, groups, make_abort, make_start, numbers, run_all, together
 
 from collectives import Done, Failed, Group, LinkOptions, shared
 from collectives.frames import FrameError
@@ -46,15 +45,6 @@ def acknowledged(made: list[Group]) -> int:
     """Bytes that TCP has carried between them."""
     sockets = [stripe.socket for group in made for link in group._links.values() for stripe in link.stripes]
     return sum(int.from_bytes(sock.getsockopt(6, 11, 128)[120:128], "little") for sock in sockets)  # TCP_INFO
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    tick = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        tick.wait(0.01)
-    raise AssertionError("it never happened")
 
 
 # Through groups.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from plane import assert_exact, groups, make_start, numbers, run_all, together
+from plane import eventually as patiently
 
 from collectives import Group, LinkOptions, Member
 from collectives.frames import NO_KEY, Kind, Purpose, name_hash
@@ -20,12 +21,7 @@ from collectives.sockets import congestion_control, format_address, listen_on, p
 MIB = (1 << 20) // 4
 PACING = 47  # SO_MAX_PACING_RATE
 
-
-def eventually(holds: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
+eventually = partial(patiently, seconds=20.0)
 
 
 def links_of(made: Sequence[Group]) -> list[Link]:
