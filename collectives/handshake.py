@@ -134,6 +134,8 @@ class Dialling:
         while self._tries:
             self._begin_due()
             pending = [each for each in self._tries if each.socket is not None]
+            if not pending:
+                continue  # what was due failed at once: there is nothing to wait for
             for each in self._connected(pending, self._patience()):
                 assert each.socket is not None, "only what was begun connects"
                 code = each.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -195,6 +195,17 @@ def test_refused_by_one_address_is_not_refused_by_all() -> None:
             Dialling(me, Member(name="b", incarnation=2, addresses=addresses), Purpose.PROBE, 1, 0.3).connect()
 
 
+def test_a_dialling_stopped_before_it_begins_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(Dialling, "_connected", lambda self, pending, patience: waits.append(patience) or [])
+    member = Member(name="b", incarnation=2, addresses=("127.0.0.1:1",))
+    dialling = Dialling(Self(1, 7, LinkOptions()), member, Purpose.FETCH, 1, 20.0)
+    dialling.stop()
+    with pytest.raises(OSError, match="stopped"):
+        dialling.connect()
+    assert not waits, "it waited although nothing was on its way"
+
+
 def test_advertised_lists_go_with_the_listeners() -> None:
     listen, advertise = "127.0.0.1:0,127.0.0.2:0", "192.0.2.1:0,192.0.2.2:5,localhost:0"
     with Group(run="run", name="a", incarnation=1, listen=listen, advertise=advertise) as group:
