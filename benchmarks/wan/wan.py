@@ -36,7 +36,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "wanem.c"
 DEV = "wan0"
-CFLAGS = ["-O2", "-Wall"]
+CFLAGS = ["-O2", "-pthread", "-Wall"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z")
 CLONE_NEWNET = 0x40000000
 
