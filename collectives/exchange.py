@@ -488,8 +488,8 @@ class Attempt:
                 peer.waiting.extend((kind, index) for index in indices)
             elif indices:
                 peer.touched = True
-                sent = partial(self._sent, peer, peer.link)
-                self._letters.append((peer.link, [self._outgoing(kind, index, sent) for index in indices]))
+                told = {"sent": partial(self._sent, peer, peer.link), "owed": partial(getattr, peer, "owed")}
+                self._letters.append((peer.link, [self._outgoing(kind, index, **told) for index in indices]))
 
     def _post(self) -> None:
         """Hand over what is to be sent. Not under the condition: others need not wait for the kernel."""
@@ -498,7 +498,9 @@ class Attempt:
         for link, items in letters:
             link.send(*items)
 
-    def _outgoing(self, kind: Kind, index: int, sent: Callable[[int, float], None]) -> Outgoing:
+    def _outgoing(
+        self, kind: Kind, index: int, sent: Callable[[int, float], None], owed: Callable[[], int]
+    ) -> Outgoing:
         chunk, gather = self.chunks[index], kind is Kind.GATHER
         numbers = self._own(chunk) if not gather and self._is_source(chunk) else self._place(chunk)
         return Outgoing(
@@ -510,6 +512,7 @@ class Attempt:
             lease=self.lease,
             digest=int(self._digests[index]) if self._is_hashed(kind, index) else None,
             sent=sent,
+            owed=owed,
             refused=partial(self._refused, chunk.start),
         )
 

@@ -50,6 +50,7 @@ class Kind(enum.IntEnum):
     MAPPED = 15  # the answer; chunk: 1 if it is mapped, 0 if it cannot be
     SLOTS = 16  # "there are free slots in your memory again"
     STRIPES = 17  # "I could use so many stripes", to whoever dialled; chunk: how many
+    TRAIL = 18  # nothing; what it is for: links.Link._is_last
 
 
 class Refusal(enum.IntEnum):

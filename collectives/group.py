@@ -285,6 +285,8 @@ class Group:
         if header.kind is Kind.STRIPES and not header.length:
             link.care.asked = header.chunk
             return None
+        if header.kind is Kind.TRAIL and not header.length:
+            return None
         if header.kind not in (Kind.SCATTER, Kind.GATHER):
             raise FrameError(f"a {header.kind.name} frame has no place on a link")
         attempt = self._attempts.get(key)

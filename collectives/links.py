@@ -56,6 +56,7 @@ PIECE = 1 << 19  # bytes that are received, hashed and added while they are in c
 _MANY = 2  # frames for each stripe: where more wait, none needs to be chosen with care
 _RATED_SECONDS = 0.05
 _BURST = 8  # frames that one stripe may deliver before the others are looked at
+_AT_ONCE = 64 << 10  # bytes of a payload on a long path that are worth waking up for
 
 
 class Pool:
@@ -125,7 +126,7 @@ class Outgoing:
     """A frame that waits for a stripe. `numbers` are encoded, and their memory is read, only when its turn comes.
 
     wire: None sends the bits as they are. digest: of the encoded payload, if it is known. sent: called with the frame's
-    bytes and the seconds that it took.
+    bytes and the seconds that it took. owed: how many such frames will still come to this link, with those that wait.
     refused: called instead if the wire cannot carry these numbers.
     """
 
@@ -137,6 +138,7 @@ class Outgoing:
     lease: Lease | None = None
     digest: int | None = None
     sent: Callable[[int, float], None] = _nothing
+    owed: Callable[[], int] = int
     refused: Callable[[Exception], None] = _ignore
 
     @property
@@ -230,6 +232,7 @@ class Stripe:
     parting: bool = False
     goodbye: bool = False
     unproven: bool = False
+    wake_at: int = 1
     retransmits: int = 0
     inbound: _Inbound = field(default_factory=_Inbound)
 
@@ -379,7 +382,8 @@ class Link:
         size = item.numbers.nbytes
         rates = [each.rate for each in self.stripes if not each.retiring]
         best = max(idle, key=lambda each: each.rate, default=None)
-        return best if best and worth_it(best.rate, rates, size, size * len(self._queue)) else None
+        waiting = max(len(self._queue), item.owed())
+        return best if best and worth_it(best.rate, rates, size, size * waiting) else None
 
     def _claim(self) -> Stripe | None:
         """An idle stripe, now busy with the first frame of the queue."""
@@ -475,9 +479,18 @@ class Link:
         """Send a claimed stripe's frame: from its beginning, or what BlockingIOError has left of it."""
         frame = stripe.frame
         assert frame is not None, "a claimed stripe has a frame"
+        last = self._is_last(frame.item)
         if not fresh or self._encode(frame):
-            frame.advance(stripe.socket, flags)
-        self._finish(stripe, frame)
+            frame.advance(stripe.socket, flags | socket.MSG_EOR if last else flags)
+        self._finish(stripe, frame, trail=last)
+
+    def _is_last(self, item: Outgoing) -> bool:
+        """One of an operation's last frames, on a long path. A small packet of its own goes behind it.
+
+        If the end of the frame is lost, the acknowledgement of that packet tells so after one round trip (RACK, RFC
+        8985, section 6.2); without it, a timeout would, after two or three.
+        """
+        return self._far and item.numbers is not None and item.owed() <= len(self.stripes)
 
     def _encode(self, frame: _Frame) -> bool:
         """Header and payload of a frame; False if its wire refuses the numbers."""
@@ -518,7 +531,7 @@ class Link:
             slot=slot,
         )
 
-    def _finish(self, stripe: Stripe, frame: _Frame) -> None:
+    def _finish(self, stripe: Stripe, frame: _Frame, *, trail: bool = False) -> None:
         """The frame has left, or was refused."""
         frame.release()
         if frame.buffer is not None:
@@ -529,7 +542,10 @@ class Link:
         stripe.frame = None
         if self._far:
             self._rate(stripe)
-        self._free(stripe)
+        if trail and frame.nbytes:
+            self._say(stripe, Kind.TRAIL)
+        else:
+            self._free(stripe)
         if frame.nbytes:
             frame.item.sent(frame.nbytes, seconds)
 
@@ -649,6 +665,16 @@ class Link:
                 if inbound.header is None and not self._receive_header(stripe):
                     return
                 self._receive_payload(stripe, flags)
+        if self._far and not stripe.finished:
+            self._wait_for_more(stripe)
+
+    def _wait_for_more(self, stripe: Stripe) -> None:
+        """The packets of a long path come one by one: the thread is woken when there is enough to be worth it."""
+        inbound = stripe.inbound
+        missing = 1 if inbound.header is None else inbound.drain or inbound.header.length - inbound.got
+        if stripe.wake_at != (wake_at := min(missing, _AT_ONCE)):
+            stripe.wake_at = wake_at
+            stripe.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
 
     def _receive_header(self, stripe: Stripe) -> bool:
         """False if the stripe has ended."""

@@ -25,7 +25,7 @@ HALF = 0.5
 PAUSE = 10  # looks after stripes could not be dialled
 SLOW_SAMPLES = 8  # in a row in which a stripe has carried less than half of what the others do
 FAST = 100e6  # bytes/s
-FINE, FINEST = 256 << 10, 32 << 10
+FINE, FINEST = 256 << 10, 64 << 10
 DETOUR = 2.0  # times what the fastest stripe needs for a frame that another may need in any case
 
 

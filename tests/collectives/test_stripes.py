@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pytest
 from plane import assert_exact, groups, make_start, numbers, run_all, together
 from plane import eventually as patiently
@@ -105,6 +106,40 @@ def test_a_slow_stripe_is_redialled_from_another_port(monkeypatch: pytest.Monkey
         assert port not in [stripe.socket.getsockname()[1] for stripe in dialler.stripes]
         assert all(each.state == "up" for group in made for each in group.statistics().links)
         reduce(made, 99)
+
+
+def test_on_a_long_path_the_last_frames_are_followed_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collectives.links.FAR", 0.0)
+    said: list[tuple[Kind, int]] = []
+    say = Link._say
+
+    def spy(link: Link, stripe: Stripe, kind: Kind) -> None:
+        said.append((kind, stripe.bytes_sent))
+        say(link, stripe, kind)
+
+    monkeypatch.setattr(Link, "_say", spy)
+    with pair(3) as made:
+        for round_ in range(5):
+            reduce(made, round_)
+        trails = [sent for kind, sent in said if kind is Kind.TRAIL]
+        chunks = 5 * len(made) * 3 * MIB * 4 // (1 << 16)
+        assert all(trails) and 5 <= len(trails) < chunks / 2, "only behind numbers, and only behind the last"
+        assert all(link.failure is None and link.stale_frames == 0 for link in links_of(made))
+
+
+def test_a_slow_stripe_takes_a_frame_while_enough_is_still_to_come() -> None:
+    with pair(2) as made:
+        reduce(made, 0, 1000)
+        link = links_of(made)[0]
+        fast, slow = link.stripes
+        fast.busy, fast.rate, slow.rate = True, 1e8, 1e6
+        numbers = np.zeros(1 << 14, dtype=np.float32)
+        left = [1000]
+        item = Outgoing(Kind.GATHER, NO_KEY, numbers=numbers, owed=lambda: left[0])
+        assert link._best_idle(item) is slow
+        left[0] = 1
+        assert link._best_idle(item) is None, "the fast one will be through with it earlier"
+        fast.busy = False
 
 
 def pace(stripe: Stripe, rate: int) -> None:
