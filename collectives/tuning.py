@@ -270,15 +270,14 @@ class Care:
 def worth_it(rate: float, rates: Iterable[float], frame: int, waiting: int) -> bool:
     """Whether a stripe of this rate should take the next frame, or leave it for a faster one that is busy now.
 
-    It should if it is through with it before all stripes together are through with what waits, so that slow stripes
+    It should if it is through with it before the faster ones are through with all that waits, so that slow stripes
     hold nothing up in the end (earliest completion first: Lim et al., "ECF: An MPTCP Path Scheduler to Manage
     Heterogeneous Paths", CoNEXT 2017). Rates in bytes/s; frame, waiting: bytes.
     """
-    known = list(rates)
-    fastest, total = max(known, default=0.0), sum(known)
-    if rate <= 0 or total <= 0:
+    faster = [each for each in rates if each > rate]
+    if rate <= 0 or not faster:
         return True
-    return frame / rate <= max(waiting / total, DETOUR * frame / fastest)
+    return frame / rate <= max(waiting / sum(faster), DETOUR * frame / max(faster))
 
 
 def fine_chunk(links: Iterable[tuple[float, float]], factor: float = 1.0) -> int:
