@@ -182,6 +182,7 @@ class Attempt:
         self._claimed: set[tuple[Kind, int, int]] = set()
         self._parked: dict[tuple[int, int], Part] = {}
         self._window = self._credit_each(start)
+        self._step = max(self._window // 8, min(self._window // 2, 4))  # a credit may be long on its way
         self._reduced: list[int] = []
         self._letters: list[tuple[Link, list[Outgoing]]] = []
         self._digests = np.zeros(len(self.chunks), dtype=np.uint64)
@@ -470,7 +471,7 @@ class Attempt:
             return
         with self.condition:
             peer.added += 1
-            if peer.link is not None and not peer.added % max(1, self._window // 2):
+            if peer.link is not None and not peer.added % self._step:
                 self._letters.append((peer.link, [Outgoing(Kind.CREDIT, self.key, peer.added)]))
 
     def _below(self, owner: int) -> list[Peer]:

@@ -147,9 +147,9 @@ class Outgoing:
         return self.numbers is not None and self.numbers.nbytes >= WORTHWHILE
 
     @property
-    def priority(self) -> tuple[int, int]:
-        """Control frames first, then older rounds."""
-        return (0 if self.numbers is None else 1, self.key.round)
+    def priority(self) -> tuple[int, int, int]:
+        """Control frames first, then older rounds; in a round, what others have to wait for first."""
+        return (0 if self.numbers is None else 1, self.key.round, 0 if self.kind is Kind.SCATTER else 1)
 
 
 _RELEASING = threading.Lock()
@@ -266,7 +266,7 @@ class Link:
         self.sharing = Sharing(options.shared_memory)
         self._run, self._me, self._options, self._hooks, self._pool = run, me, options, hooks, pool
         self._lock = threading.Lock()
-        self._queue: list[tuple[tuple[int, int], int, Outgoing]] = []
+        self._queue: list[tuple[tuple[int, int, int], int, Outgoing]] = []
         self._order = count()
         self._closing = False
         self._end: OSError | None = None
