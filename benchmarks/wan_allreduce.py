@@ -52,13 +52,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Result:
-    """One operation. seconds: from call to return; moving: from the first data byte that arrived to the return."""
+    """One operation. seconds: from call to return; moving: from the first data byte that arrived to the return.
+
+    cpu: seconds of processor time that the busiest peer took.
+    """
 
     seconds: float
     moving: float
     stripes: tuple[int, ...]
     threads: int
     error: float
+    cpu: float
 
 
 class FirstByte(threading.Thread):
@@ -231,6 +235,7 @@ def operate(team: Team, wan: Wan, side: Side) -> Result:
         tuple(sorted({link["stripes"] for link in links})),
         max(answer["threads"] for answer in sample.answers),
         max(answer["error"] for answer in sample.answers),
+        max(sum(answer["cpu"].values()) for answer in sample.answers),
     )
 
 
@@ -276,6 +281,7 @@ def fill(report: Report, topology: Topology, sides: list[Side], results: list[li
             f"{100 * ideal / middle:.0f} %",
             common.spread(moving, 1, 2),
             f"{100 * ideal / statistics.median(moving):.0f} %",
+            f"{statistics.median(each.cpu for each in counted):.2f}",
             f"{times:.2f}",
             f"{max(each.error for each in counted):.2g}",
         )
@@ -326,7 +332,15 @@ def run(arguments: argparse.Namespace) -> None:
     topology = Topology.load(name if name.endswith(".json") else f"{name}.json")
     columns = (
         *("side", "cc", "pattern", "wire", "size", "stripes", "threads"),
-        *("s: median (min-max)", "share", "s from first byte", "share from first byte", "x first wire", "error"),
+        *(
+            "s: median (min-max)",
+            "share",
+            "s from first byte",
+            "share from first byte",
+            "cpu s",
+            "x first wire",
+            "error",
+        ),
     )
     with Wan(topology, f"bench{os.getpid()}", max_life=7200) as wan:
         launches = [partial(launch_at, wan, site) for site in wan.sites]

@@ -335,10 +335,11 @@ class Desk:
             judge(torch.zeros(order["elements"]), tuple(order["names"]), side.exact)  # what checking keeps is there now
             resident = forget_peak()
             self._resident = self._resident or resident
-        began = time.monotonic()
+        began, used = time.monotonic(), os.times()
         outcome = side.run()
-        ended = time.monotonic()
-        answer: dict[str, Any] = {"began": began, "ended": ended, "threads": threading.active_count()}
+        ended, now = time.monotonic(), os.times()
+        cpu = {"user": now.user - used.user, "system": now.system - used.system}
+        answer: dict[str, Any] = {"began": began, "ended": ended, "threads": threading.active_count(), "cpu": cpu}
         if order.get("memory"):
             room = self._resident + 4 * order["elements"] * side.allocates
             answer |= {"extra_bytes": status_bytes("VmHWM") - room, "idle_bytes": resident - self._resident}

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from xxhash import xxh3_64, xxh3_128_hexdigest
@@ -36,6 +37,7 @@ from collectives.wires import WIRES, NonFinite, Wire
 _REDIALS = 2
 _LOOK_AFTER = 0.1  # seconds without a link after which to look whether the peer is there at all
 _ABSENT = object()
+_ENCODED_BYTES = 8 << 20  # of results that are kept as they travel, for all who get them; others are encoded for each
 _PIECE = 1 << 15  # numbers that are scaled at once: what they pass through stays in cache
 _UFUNCS: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
 
@@ -184,6 +186,7 @@ class Attempt:
         self._window = self._credit_each(start)
         self._step = max(self._window // 8, min(self._window // 2, 4))  # a credit may be long on its way
         self._reduced: list[int] = []
+        self._encoded: WeakValueDictionary[int, Array] = WeakValueDictionary()
         self._letters: list[tuple[Link, list[Outgoing]]] = []
         self._digests = np.zeros(len(self.chunks), dtype=np.uint64)
         self._hashed = [False] * len(self.chunks)
@@ -196,8 +199,9 @@ class Attempt:
     def _credit_each(self, start: Start) -> int:
         """How many chunks each contributor may send to an owner before the owner has added any."""
         limit = self.host.options.chunk_bytes
-        buffers = self.host.options.pool_bytes // min(start.chunk_bytes or limit, limit)
-        return max(2, buffers // max(1, len(start.contributors) - 1))
+        size = min(start.chunk_bytes or limit, limit)
+        kept = size if self._wire is None else self._wire.size(size // 4)
+        return max(2, self.host.options.pool_bytes // kept // max(1, len(start.contributors) - 1))
 
     def _plan_arithmetic(self, start: Start) -> None:
         kind = np.dtype(start.dtype).type
@@ -504,12 +508,13 @@ class Attempt:
     ) -> Outgoing:
         chunk, gather = self.chunks[index], kind is Kind.GATHER
         numbers = self._own(chunk) if not gather and self._is_source(chunk) else self._place(chunk)
+        encoded = self._encoded.get(index) if gather else None
         return Outgoing(
             kind=kind,
             key=self.key,
             chunk=index,
-            numbers=numbers,
-            wire=self._gather_wire if gather else self._wire,
+            numbers=numbers if encoded is None else encoded,
+            wire=None if encoded is not None else self._gather_wire if gather else self._wire,
             lease=self.lease,
             digest=int(self._digests[index]) if self._is_hashed(kind, index) else None,
             sent=sent,
@@ -798,15 +803,19 @@ class Attempt:
                 up = [peer for peer in self._contributors if peer.index == self.routes[chunk.owner].up]
                 self._give(Kind.SCATTER, [index], up)
             return
-        if not self._finish(chunk, index):
+        encoded = self._finish(chunk, index)
+        if encoded is None:
             return
         with self.condition:
             self._reduced.append(index)
             self._give(Kind.GATHER, [index], self._below(chunk.owner))
             self.condition.notify_all()
 
-    def _finish(self, chunk: Chunk, index: int) -> bool:
-        """Divide, quantise once, and note the checksum. False if the wire refuses the numbers."""
+    def _finish(self, chunk: Chunk, index: int) -> Array | None:
+        """Divide, quantise once, and note the checksum. Returns what travels; None if the wire refuses the numbers.
+
+        The result as it travels is kept by the frames that it leaves with, and forgotten with the last of them.
+        """
         out = self._place(chunk)
         if self._divisor != 1:
             with np.errstate(all="ignore"):
@@ -815,18 +824,18 @@ class Attempt:
         if self._gather_wire is None:
             if self.host.options.checksum and not self._hashed[index]:
                 self._digests[index] = frames.checksum(out.data.cast("B"))
-            return True
-        buffer = self.host.pool.take()
+            return out
+        encoded = np.empty(self._gather_wire.size(out.size), dtype=np.uint8)
         try:
-            encoded = self._gather_wire.encode(out, buffer)
-            self._gather_wire.decode(encoded, out)
-            self._digests[index] = frames.checksum(encoded) if self.host.options.checksum else 0
+            self._gather_wire.encode(out, encoded.data)
+            self._gather_wire.decode(encoded.data, out)
         except ValueError as error:
             self._refused(chunk.start, error)
-            return False
-        finally:
-            self.host.pool.give(buffer)
-        return True
+            return None
+        self._digests[index] = frames.checksum(encoded.data) if self.host.options.checksum else 0
+        if len(self._encoded) * encoded.nbytes < _ENCODED_BYTES:
+            self._encoded[index] = encoded
+        return encoded
 
 
 def aborted_reason(abort: Abort) -> str:

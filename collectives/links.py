@@ -149,7 +149,7 @@ class Outgoing:
     @property
     def priority(self) -> tuple[int, int, int]:
         """Control frames first, then older rounds; in a round, what others have to wait for first."""
-        return (0 if self.numbers is None else 1, self.key.round, 0 if self.kind is Kind.SCATTER else 1)
+        return (int(self.numbers is not None), self.key.round, int(self.kind is Kind.GATHER))
 
 
 _RELEASING = threading.Lock()
