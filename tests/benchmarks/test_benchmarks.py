@@ -42,7 +42,7 @@ def test_allreduce() -> None:
 
 
 def test_recovery() -> None:
-    (sample,) = report("recovery", "--size", "8", "--repeat", "1", "--faults", "SIGKILL")["samples"]
+    (sample,) = report("recovery", "--size", "32", "--repeat", "1", "--faults", "SIGKILL")["samples"]
     assert len(sample["recovered"]) == len(sample["undisturbed"]) == 1
     assert min(sample["recovered"] + sample["undisturbed"]) > 0
 
