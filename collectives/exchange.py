@@ -121,7 +121,7 @@ class Part:
         self.hasher = xxh3_64() if streamed and attempt.host.options.checksum else None
         self.buffer: memoryview | None = None
         if view is None:
-            self.buffer = attempt.host.pool.take()
+            self.buffer = attempt.host.pool.take(header.length)
             view = self.buffer[: header.length]
         self.view = view
         self._attempt = attempt
@@ -825,17 +825,24 @@ class Attempt:
             if self.host.options.checksum and not self._hashed[index]:
                 self._digests[index] = frames.checksum(out.data.cast("B"))
             return out
-        encoded = np.empty(self._gather_wire.size(out.size), dtype=np.uint8)
+        buffer = self.host.pool.take()
         try:
-            self._gather_wire.encode(out, encoded.data)
-            self._gather_wire.decode(encoded.data, out)
+            encoded = self._gather_wire.encode(out, buffer)
+            self._gather_wire.decode(encoded, out)
+            self._digests[index] = frames.checksum(encoded) if self.host.options.checksum else 0
+            return self._keep(index, encoded)
         except ValueError as error:
             self._refused(chunk.start, error)
             return None
-        self._digests[index] = frames.checksum(encoded.data) if self.host.options.checksum else 0
-        if len(self._encoded) * encoded.nbytes < _ENCODED_BYTES:
-            self._encoded[index] = encoded
-        return encoded
+        finally:
+            self.host.pool.give(buffer)
+
+    def _keep(self, index: int, encoded: memoryview) -> Array:
+        """A copy that the frames share, and `_outgoing` finds, unless many are still on their way."""
+        kept = np.frombuffer(encoded, dtype=np.uint8).copy()
+        if len(self._encoded) * kept.nbytes < _ENCODED_BYTES:
+            self._encoded[index] = kept
+        return kept
 
 
 def aborted_reason(abort: Abort) -> str:

@@ -66,14 +66,18 @@ class Pool:
         self._free: deque[memoryview] = deque(maxlen=capacity)
         self._chunk_bytes = chunk_bytes
 
-    def take(self) -> memoryview:
+    def take(self, nbytes: int | None = None) -> memoryview:
+        """A whole chunk's buffer, or at least so many bytes: where less than half is needed, it is made to measure."""
+        if nbytes is not None and 2 * nbytes < self._chunk_bytes:
+            return memoryview(bytearray(nbytes))
         try:
             return self._free.pop()
         except IndexError:
             return memoryview(bytearray(self._chunk_bytes))
 
     def give(self, buffer: memoryview) -> None:
-        self._free.append(buffer)
+        if len(buffer) == self._chunk_bytes:
+            self._free.append(buffer)
 
 
 class Sink(Protocol):

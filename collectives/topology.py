@@ -708,9 +708,10 @@ def _tree(job: _Job) -> Plan:
     """The widest tree of least depth, or, for small tensors, the tree of least depth whatever its width."""
     count = len(job.names)
     widths = [[min(_width(job, i, j), _width(job, j, i)) for j in range(count)] for i in range(count)]
-    trees = [_shallow(job.rtt, widths, floor) for floor in (_bottleneck(widths), math.ulp(0.0))]
     plans = []
-    for parents in trees:
+    for parents in (
+        tree for floor in (_bottleneck(widths), math.ulp(0.0)) for tree in _shallow(job.rtt, widths, floor)
+    ):
         shares = tuple(float(parent < 0) for parent in parents)
         plans.append(_estimated(job, Plan(names=job.names, pattern="tree", shares=shares, parents=parents)))
     return min(plans, key=lambda each: each.seconds)
@@ -726,11 +727,12 @@ def _bottleneck(widths: list[list[float]]) -> float:
     return narrowest
 
 
-def _shallow(rtt: list[list[float]], widths: list[list[float]], floor: float) -> tuple[int, ...]:
-    """Parents in the spanning tree of least depth (in seconds, then hops) over edges of at least `floor`."""
+def _shallow(rtt: list[list[float]], widths: list[list[float]], floor: float) -> list[tuple[int, ...]]:
+    """Parents in the spanning trees of least depth (in seconds, then hops) over edges of at least `floor`."""
     edges = [[j for j, width in enumerate(row) if width >= floor] for row in widths]
     trees = [_nearest_paths(rtt, edges, root) for root in range(len(rtt))]
-    return min(trees, key=lambda tree: tree[0])[1]
+    seconds, hops = min(depth for depth, _ in trees)
+    return [parents for depth, parents in trees if depth[0] <= seconds * (1 + 1e-9) and depth[1] <= hops]
 
 
 def _nearest_paths(

@@ -48,8 +48,11 @@ def test_recovery() -> None:
 
 
 def test_memory() -> None:
-    samples = report("memory", "--sizes", "4", "--repeat", "1")["samples"]
-    assert [sample["cells"]["side"] for sample in samples] == ["group", "peer"]
+    samples = report("memory", "--sizes", "32", "--repeat", "1", "--wires", "f32,int8")["samples"]
+    cells = [sample["cells"] for sample in samples]
+    assert {(cell["side"], cell["wire"]) for cell in cells} == {
+        (side, wire) for side in ("group", "peer") for wire in ("f32", "int8")
+    }
     for sample in samples:
         assert len(sample["extra_bytes"]) == 2
         assert 0 < max(sample["extra_bytes"]) < 64 << 20
