@@ -753,6 +753,7 @@ class Membership:
             divisor=divisor,
             **fields,
         )
+        operation.lives = {member.name: member.incarnation for member in operation.start.contributors}
 
     def _begin_of(self, operation: Operation) -> Message:
         begin: Begin = self._stamp(Begin, start=operation.start, segments=operation.segments)
@@ -777,6 +778,8 @@ class Membership:
         operation.answered.add(name)
         if operation.phase is Phase.RUNNING:
             operation.done[name] = message.digest
+            if len(operation.done) < len(operation.lives):
+                return  # whoever is lost or silent meanwhile is found when that happens
         self._consider(operation, now)
 
     def _failed(self, name: str, message: FailedReport, now: float) -> None:
@@ -842,9 +845,8 @@ class Membership:
 
     def _in_attempt_alive(self, operation: Operation, name: str) -> bool:
         """Whether the very life that the attempt was started with is still in the view."""
-        assert operation.start is not None
         state = self.members.get(name)
-        return state is not None and state.member in operation.start.contributors
+        return state is not None and state.member.incarnation == operation.lives.get(name)
 
     def _settle(self, operation: Operation, living: list[str], now: float) -> None:
         digests = {operation.done[name] for name in living}
@@ -1155,10 +1157,11 @@ class Membership:
 
     def _renewed(self, commit: Commit) -> Commit:
         """The commit as of now: this generation's stamp, and who can still give its result to others."""
+        sources = {member.incarnation for member in commit.sources}
         holders = [
             name
             for name, state in self.members.items()
-            if not state.silent and (state.member in commit.sources or self._has_applied(state, commit))
+            if not state.silent and (state.member.incarnation in sources or self._has_applied(state, commit))
         ]
         fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
         fields |= {"generation": self.generation, "epoch": self.epoch, "progress": self.progress}

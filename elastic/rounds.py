@@ -29,6 +29,7 @@ class Operation:
     """The open round under one tag.
 
     proposals: by peer name, kept until the commit. opened_at: when a quorum had proposed.
+    lives: in the current attempt, the incarnation of each contributor, by name and in order.
     done, answered: in the current attempt, who holds a result (with its digest) and who has ended it.
     failures: link failures of the current attempt, by the peer that reported them.
     first_attempt: attempts below this one belonged to an earlier operation with the same round number.
@@ -48,6 +49,7 @@ class Operation:
     opened_at: float | None = None
     changed_at: float = 0.0
     start: Start | None = None
+    lives: dict[str, int] = field(default_factory=dict)
     segments: tuple[int, ...] = ()
     done: dict[str, str] = field(default_factory=dict)
     answered: set[str] = field(default_factory=set)
@@ -61,10 +63,10 @@ class Operation:
         return self.base_version >= 0
 
     def contributors(self) -> tuple[str, ...]:
-        return tuple(member.name for member in self.start.contributors) if self.start else ()
+        return tuple(self.lives)
 
     def in_attempt(self, name: str) -> bool:
-        return self.phase is not Phase.GATHERING and name in self.contributors()
+        return self.phase is not Phase.GATHERING and name in self.lives
 
     def is_current(self, round: int, attempt: int) -> bool:
         return self.round == round and self.attempt == attempt and self.phase is not Phase.GATHERING

@@ -58,6 +58,18 @@ def test_memory() -> None:
         assert 0 < max(sample["extra_bytes"]) < 64 << 20
 
 
+def test_membership() -> None:
+    found = report(
+        "membership", "--peers", "40", "--seconds", "60", "--between", "10", "--crashes", "10", "--leaves", "10"
+    )
+    joined, training = found["samples"]
+    assert len(joined["views"]) == 39, "each but the first is told of by a view"
+    ends = int(training["cells"]["crashes"]) + int(training["cells"]["leaves"])
+    assert ends > 3 and len(training["views"]) > ends, "all heard of each end, and of those who came back"
+    assert training["sent"]["Begin"] > 40 and training["sent"]["Commit"] > 40
+    assert any(" rounds committed" in note and not note.startswith("0 ") for note in found["notes"])
+
+
 def test_a_wrong_sum_fails_the_benchmark() -> None:
     from benchmarks.common import BenchmarkError, gather
 

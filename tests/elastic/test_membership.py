@@ -13,6 +13,7 @@ from schedules import finish, play, schedules
 from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimPeer, World
 
 from collectives.records import LinkFailure, Member
+from collectives.tuning import FINEST
 from elastic.config import RunPolicy
 from elastic.journal import Committed, DatasetRegistered, Leased, Released
 from elastic.membership import Membership, Send
@@ -188,7 +189,7 @@ def test_measured_links_change_shares_and_are_told_once() -> None:
         exchange(world)
         world.tick(1.0)
         start = world.ledger.attempt(1, OUTER, number, 0)
-        assert start.chunk_bytes == 32 << 10 and start.shares[0] > 0.9
+        assert start.chunk_bytes == FINEST and start.shares[0] > 0.9
     (told,) = events(world, "plan.changed")
     assert told["shares"]["a"] == round(start.shares[0], 4)
 

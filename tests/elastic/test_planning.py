@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collectives.topology import Plan
+from collectives.tuning import FINE, FINEST
 from collectives.wires import WIRES
 from elastic.messages import LinkReport, OperationSpec
 from elastic.planning import PLANNED_AT_ALL, WIRE_BYTES, Routes, described, job_of, orders, simple, spread
@@ -119,7 +120,7 @@ def test_who_is_no_member_and_what_is_no_measurement_is_not_learned() -> None:
 
 
 def test_chunks_are_finer_on_long_ways() -> None:
-    for rtt, goodput, chunk in ((0.001, 1e7, 0), (0.1, 1e7, 32 << 10), (0.1, 2e8, 256 << 10), (0.1, 0.0, 32 << 10)):
+    for rtt, goodput, chunk in ((0.001, 1e7, 0), (0.1, 1e7, FINEST), (0.1, 2e8, FINE), (0.1, 0.0, FINEST)):
         routes = Routes()
         routes.learn("a", links(goodput, rtt), NAMES)
         assert routes.chunk_bytes(NAMES, "f32") == chunk
