@@ -1,19 +1,25 @@
-"""A thousand simulated peers before the real Membership and its journal, on a virtual clock. One process, no sockets.
+"""A thousand simulated peers before the real Membership and its journal, on a virtual clock; then real connections.
 
-    python -m benchmarks.membership --peers 1000 --seconds 120
+    python -m benchmarks.membership --peers 1000 --seconds 120 --sockets 200 --turns 20
 
 The coordinator is a server that handles one message after the other: the processor time that the real code takes for
 each (decoding, deciding, making it durable, encoding what goes out) passes on the virtual clock, so that what waits,
 waits. Messages take --delay each way. Peers train, propose, report and apply as peers do; they crash, leave and come
 back at random. A view is new when the last member has heard of the change.
+
+Beside it, --sockets real ZeroMQ connections over loopback to a real coordinator in a process of its own: all send their
+heartbeats, and one after the other leaves and comes back.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
+import os
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -23,13 +29,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import zmq
+
 from benchmarks import common
 from benchmarks.common import Report
 from collectives.records import LinkFailure, Member
 from elastic.config import RunPolicy, Timeouts
+from elastic.coordinator import identity
 from elastic.journal import Journal
 from elastic.membership import Effect, Membership, Persist, Send
 from elastic.messages import (
+    FROM_COORDINATOR,
     FROM_PEERS,
     Applied,
     Base,
@@ -45,6 +55,7 @@ from elastic.messages import (
     Message,
     OperationSpec,
     PeerStatus,
+    Pong,
     Propose,
     Represent,
     View,
@@ -289,6 +300,120 @@ class Fleet:
         self.clock.after(self.random.expovariate(1 / self.away), partial(self.arrive, peer.name))
 
 
+SERVE = """
+import sys
+from pathlib import Path
+from elastic import Coordinator
+with Coordinator(run="benchmark", journal=Path(sys.argv[1])) as coordinator:
+    print(coordinator.address, flush=True)
+    sys.stdin.read()
+"""
+
+
+class Crowd:
+    """Real connections to a real coordinator in another process. All that have joined send their heartbeats."""
+
+    def __init__(self, count: int, journal: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(journal)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self._address = self.process.stdout.readline().strip()
+        self._context, self._poller = zmq.Context(), zmq.Poller()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._names: dict[zmq.Socket[bytes], str] = {}
+        self._members: dict[str, Member] = {}
+        self._lives = self._generation = self.beats = 0
+        self._due = 0.0
+        self.names = [f"peer-{index:03d}" for index in range(count)]
+
+    def say(self, name: str, kind: type[Any], **fields: Any) -> None:
+        life = self._members[name].incarnation
+        self._sockets[name].send(encode(kind(run=RUN, generation=self._generation, incarnation=life, **fields)))
+
+    def join(self, name: str) -> None:
+        """Another life of this name, over another connection."""
+        if name in self._sockets:
+            former = self._sockets.pop(name)
+            self._poller.unregister(former)
+            del self._names[former]
+            former.close(0)
+        self._lives += 1
+        self._members[name] = Member(name=name, incarnation=self._lives, addresses=("127.0.0.1:1",))
+        sock = self._sockets[name] = self._context.socket(zmq.DEALER)
+        sock.setsockopt(zmq.IDENTITY, identity(name, self._lives))
+        sock.connect(self._address)
+        self._poller.register(sock, zmq.POLLIN)
+        self._names[sock] = name
+        self.say(name, Join, member=self._members[name], site="")
+
+    def take(self, seconds: float) -> list[tuple[str, Message]]:
+        """What has come, after so many seconds at most. Hearts beat meanwhile."""
+        if time.monotonic() >= self._due and self._generation:
+            self._due = time.monotonic() + Timeouts().heartbeat
+            for name in self._sockets:
+                self.say(name, Heartbeat, status=PeerStatus(state="training"))
+                self.beats += 1
+        mail = [
+            (self._names[sock], decode(sock.recv(), FROM_COORDINATOR))
+            for sock, _ in self._poller.poll(round(1000 * seconds))
+        ]
+        self._generation = max((message.generation for _, message in mail), default=self._generation)
+        return mail
+
+    def settle(self, seconds: float = 1.0) -> None:
+        """Until nothing more comes but answers to heartbeats."""
+        quiet = time.monotonic() + seconds
+        while time.monotonic() < quiet:
+            if any(not isinstance(message, Pong) for _, message in self.take(0.05)):
+                quiet = time.monotonic() + seconds
+
+    def change(self, name: str, act: Callable[[], None]) -> float:
+        """Seconds from what `name` does until all others have the view that follows from it."""
+        waiting = {*self._sockets} - {name}
+        began = time.monotonic()
+        act()
+        while waiting:
+            waiting -= {who for who, message in self.take(0.05) if isinstance(message, View)}
+            if time.monotonic() - began > 30:
+                raise common.BenchmarkError(f"{len(waiting)} never heard of what {name} did")
+        return time.monotonic() - began
+
+    def cpu(self) -> float:
+        """Seconds of processor time that the coordinator's process has taken."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        self._context.destroy(0)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def connect(report: Report, count: int, turns: int, journal: Path) -> None:
+    """The row of real connections: heartbeats from all of them, while one after the other leaves and comes back."""
+    crowd = Crowd(count, journal)
+    try:
+        for name in crowd.names:
+            crowd.join(name)
+            crowd.take(0.0)
+        crowd.settle()
+        began, cpu, beats, views = time.monotonic(), crowd.cpu(), crowd.beats, list[float]()
+        for name in crowd.names[:turns]:
+            views.append(crowd.change(name, partial(crowd.say, name, Leave)))
+            views.append(crowd.change(name, partial(crowd.join, name)))
+            crowd.settle(0.2)
+        seconds, cpu, beats = time.monotonic() - began, crowd.cpu() - cpu, crowd.beats - beats
+    finally:
+        crowd.close()
+    cells = (
+        *(f"{count} real connections", str(beats), "", str(turns), f"{1e6 * cpu / max(1, beats):.0f}"),
+        *(f"{100 * cpu / seconds:.0f} %", "", common.spread(views, 1, 3), "", "", ""),
+    )
+    report.add(cells, views=views, seconds=seconds, cpu_seconds=cpu, beats=beats)
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--peers", type=int, default=1000)
@@ -301,6 +426,8 @@ def main() -> None:
     parser.add_argument("--away", type=float, default=20.0, help="seconds until a peer that ended comes back")
     parser.add_argument("--delay", type=float, default=50.0, help="ms, one way")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sockets", type=int, default=200, help="real connections; 0: none")
+    parser.add_argument("--turns", type=int, default=20, help="how many of those leave and come back")
     arguments = parser.parse_args()
     with common.one_line_errors(), tempfile.TemporaryDirectory() as folder:
         run(arguments, Path(folder) / "journal.sqlite")
@@ -323,6 +450,8 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     tell(report, "all join", joined, arguments.arrive + 5)
     tell(report, "training", fleet.server.account, arguments.seconds)
     size = sum(each.stat().st_size for each in path.parent.iterdir())
+    if arguments.sockets:
+        connect(report, arguments.sockets, min(arguments.turns, arguments.sockets), path.with_name("real.sqlite"))
     report.notes.append(f"{rounds} rounds committed; the journal has {size / 2**20:.1f} MiB")
     common.publish(report, arguments)
 

@@ -62,7 +62,8 @@ def test_membership() -> None:
     found = report(
         "membership", "--peers", "40", "--seconds", "60", "--between", "10", "--crashes", "10", "--leaves", "10"
     )
-    joined, training = found["samples"]
+    joined, training, real = found["samples"]
+    assert len(real["views"]) == 4 and real["beats"] > 0
     assert len(joined["views"]) == 39, "each but the first is told of by a view"
     ends = int(training["cells"]["crashes"]) + int(training["cells"]["leaves"])
     assert ends > 3 and len(training["views"]) > ends, "all heard of each end, and of those who came back"
