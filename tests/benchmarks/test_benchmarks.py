@@ -59,9 +59,8 @@ def test_memory() -> None:
 
 
 def test_membership() -> None:
-    found = report(
-        "membership", "--peers", "40", "--seconds", "60", "--between", "10", "--crashes", "10", "--leaves", "10"
-    )
+    churn = ("--between", "10", "--crashes", "10", "--leaves", "10")
+    found = report("membership", "--peers", "40", "--seconds", "60", *churn, "--sockets", "12", "--turns", "2")
     joined, training, real = found["samples"]
     assert len(real["views"]) == 4 and real["beats"] > 0
     assert len(joined["views"]) == 39, "each but the first is told of by a view"
