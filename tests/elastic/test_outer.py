@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +80,40 @@ def test_nesterov_agrees_with_torch() -> None:
         torch_sgd.step()
         theta, buffer = Nesterov(lr=0.7, momentum=0.9).step(theta, buffer, delta)
         torch.testing.assert_close(theta, parameter.detach())
+
+
+BITS = """
+import torch, numpy as np
+from xxhash import xxh3_128_hexdigest
+from collectives.wires import WIRES
+from elastic.outer.optimizers import SGD, Nesterov
+
+rng = np.random.default_rng(0)
+scale = np.exp2(rng.integers(-140, 20, (3, 100_003))).astype(np.float32)  # some of these are denormal
+theta, buffer, delta = (torch.from_numpy(each) for each in rng.standard_normal((3, 100_003)).astype(np.float32) * scale)
+digests = []
+for optimizer in (Nesterov(lr=0.7, momentum=0.9), SGD(lr=0.3)):
+    for _ in range(3):
+        theta, buffer = optimizer.step(theta, buffer, delta)
+        digests.append(xxh3_128_hexdigest(theta.numpy().tobytes() + buffer.numpy().tobytes()))
+for name in sorted(WIRES):
+    encoded = WIRES[name].encode(delta.numpy(), memoryview(bytearray(1 << 20)))
+    decoded = np.empty_like(delta.numpy())
+    WIRES[name].decode(memoryview(bytearray(encoded)), decoded)
+    digests.append(xxh3_128_hexdigest(bytes(encoded) + decoded.tobytes()))
+print(torch.backends.cpu.get_cpu_capability(), *digests)
+"""
+
+
+def test_the_outer_step_and_the_wires_give_the_same_bits_on_other_processors() -> None:
+    found: dict[str, str] = {}
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=True)
+        used, _, digests = done.stdout.strip().partition(" ")
+        found[used] = digests
+    assert len(found) > 1, f"this processor knows no other way to compute than {list(found)}"
+    assert len(set(found.values())) == 1, found
 
 
 @pytest.mark.parametrize("make", [lambda: Nesterov(lr=0), lambda: Nesterov(momentum=1.0), lambda: SGD(lr=-1)])
