@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from chaos_account import Account
-from chaos_harness import Chaos, Server
+from chaos_harness import NAMES, Chaos, Server, pause, until
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,48 @@ def run(server: Server, folder: Path, seed: int, *, faults: int, samples: int) -
 @pytest.mark.parametrize("seed", [183, 145])
 def test_a_short_run_under_faults_is_what_its_contributions_make_it(server: Server, tmp_path: Path, seed: int) -> None:
     print(run(server, tmp_path / "run", seed, faults=6, samples=4000))
+
+
+def test_ten_kills_of_the_coordinator_cost_nobody_anything(server: Server, tmp_path: Path) -> None:
+    """No committed round is lost, no peer starts again, no cursor is repeated; a frozen coordinator evicts nobody."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    chaos = Chaos(server, folder, 7, samples=4000, pace=0.02)
+    try:
+        for kill in range(10):
+            until(lambda: len(chaos.well()) == len(NAMES), f"all training, before kill {kill}")
+            back = chaos.kill("coordinator")
+            pause(chaos.random.uniform(0.0, 0.5))
+            back()
+            goes_on(chaos, f"after kill {kill}")
+        thaw = chaos.freeze("coordinator")
+        pause(10.0)
+        thaw()
+        goes_on(chaos, "after the freeze")
+        chaos.finish(90)
+    except BaseException:
+        chaos.clean()
+        raise
+    Account(chaos).check()
+    killed = [life.label for life in chaos.lives if life.killed]
+    assert killed == [f"coordinator.{life}" for life in range(1, 11)]
+    assert sorted(life.label for life in chaos.lives if not life.killed) == [
+        "coordinator.11",
+        *(f"{n}.1" for n in NAMES),
+    ]
+    told = (folder / "coordinator.jsonl").read_text()
+    assert '"peer.evicted"' not in told and told.count('"coordinator.started"') == 11
+
+
+def goes_on(chaos: Chaos, when: str) -> None:
+    """Somebody trains from a version that is newer than any before."""
+
+    def newest() -> int:
+        chaos.look()
+        return max(chaos.now[name].version() for name in NAMES)
+
+    since = newest()
+    until(lambda: newest() > since, f"a round {when}")
 
 
 @pytest.mark.chaos
