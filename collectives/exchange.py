@@ -632,7 +632,9 @@ class Attempt:
         return self._source[chunk.start - self._read_from : chunk.stop - self._read_from]
 
     def arrived(self, part: Part, nbytes: int, digest: int) -> None:
-        """A verified payload: use it, or keep it until its turn."""
+        """A verified payload: use it, or keep it until its turn. The observer hears of it before anything follows."""
+        if self.host.observer is not None:
+            self._tell(self.host.observer)
         index = part.header.chunk
         if part.header.kind is Kind.GATHER:
             self._take_result(index, part, digest)
@@ -667,8 +669,6 @@ class Attempt:
         return self.routes[self.chunks[index].owner].terms.index(who)
 
     def _count(self, peer: Peer, nbytes: int) -> None:
-        if self.host.observer is not None:
-            self._tell(self.host.observer)
         with self.condition:
             peer.expected -= 1
             peer.bytes_received += nbytes
