@@ -67,7 +67,6 @@ from elastic.messages import (
 RUN, TAG = "benchmark", "outer"
 SPEC = OperationSpec(op="mean", dtype="float32", elements=1 << 28, wire="f32", algorithm="diloco")
 STATE = "0" * 32
-SERVER = "the coordinator"
 
 
 class Clock:
@@ -99,7 +98,6 @@ class Account:
     bytes_out: Counter[str] = field(default_factory=Counter)
     largest: Counter[str] = field(default_factory=Counter)
     views: list[float] = field(default_factory=list)
-    rounds: int = 0
     crashes: int = 0
     leaves: int = 0
     longest: float = 0.0
@@ -114,7 +112,7 @@ class Server:
         self._clock, self._journal, self._deliver = clock, journal, deliver
         self._free_at = 0.0
         self._every = timeouts.heartbeat / 4
-        self._work("start", lambda: self.membership.begin([], clock.now))
+        self._work(lambda: ("start", self.membership.begin([], clock.now)))
         clock.after(self._every, self._tick)
 
     def receive(self, name: str, packed: bytes) -> None:
@@ -122,23 +120,20 @@ class Server:
         self._clock.after(max(0.0, self._free_at - self._clock.now), partial(self._handle, name, packed))
 
     def _handle(self, name: str, packed: bytes) -> None:
-        kind: list[str] = []
-
-        def decide() -> list[Effect]:
+        def decide() -> tuple[str, list[Effect]]:
             message = decode(packed, FROM_PEERS)
-            kind.append(type(message).__name__)
-            return self.membership.receive(name, message, self._clock.now)
+            return type(message).__name__, self.membership.receive(name, message, self._clock.now)
 
-        self._work(kind, decide)
-        self.account.received[kind[0]] += 1
+        self.account.received[self._work(decide)] += 1
 
     def _tick(self) -> None:
-        self._work("tick", lambda: self.membership.tick(self._clock.now))
+        self._work(lambda: ("tick", self.membership.tick(self._clock.now)))
         self._clock.after(self._every, self._tick)
 
-    def _work(self, kind: str | list[str], decide: Callable[[], list[Effect]]) -> None:
+    def _work(self, decide: Callable[[], tuple[str, list[Effect]]]) -> str:
+        """Decides, makes it durable and packs what goes out, in the time that this takes. Returns what it was about."""
         began = time.process_time()
-        effects = decide()
+        kind, effects = decide()
         self._journal.append(effect.record for effect in effects if isinstance(effect, Persist))
         mail, last, packed = [], None, b""
         for effect in effects:
@@ -147,7 +142,7 @@ class Server:
                     last, packed = effect.message, encode(effect.message)
                 mail.append((effect.name, effect.incarnation, effect.message, len(packed)))
         seconds = time.process_time() - began
-        self.account.cpu[kind if isinstance(kind, str) else kind[0]] += seconds
+        self.account.cpu[kind] += seconds
         self.account.longest = max(self.account.longest, seconds)
         self._free_at = max(self._free_at, self._clock.now) + seconds
         for name, incarnation, message, size in mail:
@@ -156,6 +151,7 @@ class Server:
             self.account.bytes_out[what] += size
             self.account.largest[what] = max(self.account.largest[what], size)
             self._deliver(self._free_at - self._clock.now, name, incarnation, message)
+        return kind
 
 
 class SimulatedPeer:
@@ -163,7 +159,7 @@ class SimulatedPeer:
 
     def __init__(self, fleet: Fleet, name: str, incarnation: int) -> None:
         self.fleet, self.name, self.incarnation = fleet, name, incarnation
-        self.alive, self.generation, self.version, self.sequence, self.round = True, 0, -1, 0, 0
+        self.alive, self.generation, self.version, self.sequence = True, 0, -1, 0
         address = f"10.{incarnation >> 16 & 255}.{incarnation >> 8 & 255}.{incarnation & 255}:29000"
         self.member = Member(name=name, incarnation=incarnation, addresses=(address,))
 
@@ -437,10 +433,9 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     clock = Clock()
     journal = Journal(path, RUN)
     fleet = Fleet(clock, journal, arguments)
-    account = fleet.server.account
     clock.run(arguments.arrive + 5)
     common.progress(f"{len(fleet.server.membership.members)} members after {clock.now:.0f} s")
-    joined, fleet.server.account = account, Account()
+    joined, fleet.server.account = fleet.server.account, Account()
     fleet.end_some(arguments.crashes, fleet.crash)
     fleet.end_some(arguments.leaves, fleet.leave)
     clock.run(clock.now + arguments.seconds)

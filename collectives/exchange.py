@@ -493,8 +493,8 @@ class Attempt:
                 peer.waiting.extend((kind, index) for index in indices)
             elif indices:
                 peer.touched = True
-                told = {"sent": partial(self._sent, peer, peer.link), "owed": partial(getattr, peer, "owed")}
-                self._letters.append((peer.link, [self._outgoing(kind, index, **told) for index in indices]))
+                sent, owed = partial(self._sent, peer, peer.link), partial(getattr, peer, "owed")
+                self._letters.append((peer.link, [self._outgoing(kind, index, sent, owed) for index in indices]))
 
     def _post(self) -> None:
         """Hand over what is to be sent. Not under the condition: others need not wait for the kernel."""
@@ -508,13 +508,15 @@ class Attempt:
     ) -> Outgoing:
         chunk, gather = self.chunks[index], kind is Kind.GATHER
         numbers = self._own(chunk) if not gather and self._is_source(chunk) else self._place(chunk)
-        encoded = self._encoded.get(index) if gather else None
+        wire = self._gather_wire if gather else self._wire
+        if gather and (encoded := self._encoded.get(index)) is not None:
+            numbers, wire = encoded, None
         return Outgoing(
             kind=kind,
             key=self.key,
             chunk=index,
-            numbers=numbers if encoded is None else encoded,
-            wire=None if encoded is not None else self._gather_wire if gather else self._wire,
+            numbers=numbers,
+            wire=wire,
             lease=self.lease,
             digest=int(self._digests[index]) if self._is_hashed(kind, index) else None,
             sent=sent,

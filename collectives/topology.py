@@ -708,10 +708,9 @@ def _tree(job: _Job) -> Plan:
     """The widest tree of least depth, or, for small tensors, the tree of least depth whatever its width."""
     count = len(job.names)
     widths = [[min(_width(job, i, j), _width(job, j, i)) for j in range(count)] for i in range(count)]
+    trees = [*_shallow(job.rtt, widths, _bottleneck(widths)), *_shallow(job.rtt, widths, math.ulp(0.0))]
     plans = []
-    for parents in (
-        tree for floor in (_bottleneck(widths), math.ulp(0.0)) for tree in _shallow(job.rtt, widths, floor)
-    ):
+    for parents in trees:
         shares = tuple(float(parent < 0) for parent in parents)
         plans.append(_estimated(job, Plan(names=job.names, pattern="tree", shares=shares, parents=parents)))
     return min(plans, key=lambda each: each.seconds)
