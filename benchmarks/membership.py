@@ -35,9 +35,9 @@ from benchmarks import common
 from benchmarks.common import Report
 from collectives.records import LinkFailure, Member
 from elastic.config import RunPolicy, Timeouts
-from elastic.coordinator import identity
+from elastic.coordinator import identity, packed
 from elastic.journal import Journal
-from elastic.membership import Effect, Membership, Persist, Send
+from elastic.membership import Effect, Membership, Persist
 from elastic.messages import (
     FROM_COORDINATOR,
     FROM_PEERS,
@@ -115,13 +115,13 @@ class Server:
         self._work(lambda: ("start", self.membership.begin([], clock.now)))
         clock.after(self._every, self._tick)
 
-    def receive(self, name: str, packed: bytes) -> None:
+    def receive(self, name: str, body: bytes) -> None:
         """A message has arrived: it is handled when those before it are done with."""
-        self._clock.after(max(0.0, self._free_at - self._clock.now), partial(self._handle, name, packed))
+        self._clock.after(max(0.0, self._free_at - self._clock.now), partial(self._handle, name, body))
 
-    def _handle(self, name: str, packed: bytes) -> None:
+    def _handle(self, name: str, body: bytes) -> None:
         def decide() -> tuple[str, list[Effect]]:
-            message = decode(packed, FROM_PEERS)
+            message = decode(body, FROM_PEERS)
             return type(message).__name__, self.membership.receive(name, message, self._clock.now)
 
         self.account.received[self._work(decide)] += 1
@@ -135,22 +135,17 @@ class Server:
         began = time.process_time()
         kind, effects = decide()
         self._journal.append(effect.record for effect in effects if isinstance(effect, Persist))
-        mail, last, packed = [], None, b""
-        for effect in effects:
-            if isinstance(effect, Send):
-                if effect.message is not last:
-                    last, packed = effect.message, encode(effect.message)
-                mail.append((effect.name, effect.incarnation, effect.message, len(packed)))
+        mail = [(send, len(body)) for send, body in packed(effects)]
         seconds = time.process_time() - began
         self.account.cpu[kind] += seconds
         self.account.longest = max(self.account.longest, seconds)
         self._free_at = max(self._free_at, self._clock.now) + seconds
-        for name, incarnation, message, size in mail:
-            what = type(message).__name__
+        for send, size in mail:
+            what = type(send.message).__name__
             self.account.sent[what] += 1
             self.account.bytes_out[what] += size
             self.account.largest[what] = max(self.account.largest[what], size)
-            self._deliver(self._free_at - self._clock.now, name, incarnation, message)
+            self._deliver(self._free_at - self._clock.now, send.name, send.incarnation, send.message)
         return kind
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,16 @@ BATCH = 1000
 def identity(name: str, incarnation: int) -> bytes:
     """The ZeroMQ identity of one life of a peer."""
     return f"{name}/{incarnation:016x}".encode()
+
+
+def packed(effects: Iterable[Effect]) -> Iterator[tuple[Send, bytes]]:
+    """What goes out, encoded: once, where the same message goes to many."""
+    last, body = None, b""
+    for effect in effects:
+        if isinstance(effect, Send):
+            if effect.message is not last:
+                last, body = effect.message, encode(effect.message)
+            yield effect, body
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +161,10 @@ class Coordinator:
         effects = list(effects)
         if self._journal:
             self._journal.append(effect.record for effect in effects if isinstance(effect, Persist))
-        last, packed = None, b""  # the same message often goes to many
+        for send, body in packed(effects):
+            self._socket.send_multipart([identity(send.name, send.incarnation), body])
         for effect in effects:
-            if isinstance(effect, Send):
-                if effect.message is not last:
-                    last, packed = effect.message, encode(effect.message)
-                self._socket.send_multipart([identity(effect.name, effect.incarnation), packed])
-            elif isinstance(effect, Emit):
+            if isinstance(effect, Emit):
                 self._events.emit(effect.event, **effect.fields)
 
     def status(self) -> StatusReport:

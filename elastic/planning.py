@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from collectives import topology
+from collectives.sockets import NEAR
 from collectives.topology import Matrix, Plan
 from collectives.tuning import fine_chunk
 
@@ -25,7 +26,6 @@ PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
 PLANNED_AT_ALL = 64
 STEADY = 1.25  # a measurement that moved by less is as good as the one before
 SAME_HOST = 5e-5  # seconds of round trip that no network has
-NEAR = 1e-3  # seconds of round trip up to which hosts are in one room
 LARGE = 8 << 20  # bytes from which a ring costs near hosts less than its hops: each has two links to serve, not all
 FASTEST = 500e6  # bytes/s: above this, hosts and not paths set the pace, and nothing is to be planned
 
