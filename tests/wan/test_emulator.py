@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plane import eventually
 
 from benchmarks.wan.wan import Topology, Wan, WanError, _start_time
 
@@ -48,6 +49,21 @@ def connect(w: Wan, a: str, b: str, port: int = 5000, timeout: float = 5.0) -> s
     s.settimeout(timeout)
     s.connect((w.addr(b), port))
     return s
+
+
+def flood(w: Wan, count: int, size: int = 1400) -> None:
+    """So many datagrams from a to b, as fast as they go."""
+    with w.inside("a"):
+        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with s:
+        for _ in range(count):
+            s.sendto(bytes(size), (w.addr("b"), 9))
+
+
+def delivered(w: Wan, count: int, seconds: float) -> dict[str, Any]:
+    """The link from a to b, once so many packets have come to it and none is on its way."""
+    eventually(lambda: link(w, "a", "b")["in_pkts"] >= count and not link(w, "a", "b")["held_pkts"], seconds)
+    return link(w, "a", "b")
 
 
 def connect_s(w: Wan, a: str, b: str, port: int = 5000, n: int = 5) -> float:
@@ -127,52 +143,32 @@ def test_data_is_intact_under_loss(wan: Wan) -> None:
 @pytest.mark.wan
 def test_burst_loss_has_the_same_mean(wan: Wan) -> None:
     wan.set("a", "b", both=False, loss=0.02, burst=5, rate=0, delay=0)
-    with wan.inside("a"):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with s:
-        for i in range(50_000):
-            s.sendto(b"x", (wan.addr("b"), 9))
-            if i % 1000 == 0:
-                time.sleep(0.005)
-    time.sleep(0.2)
-    k = link(wan, "a", "b")
+    for sent in range(1000, 50_001, 1000):  # no more at once than the TUN device holds
+        flood(wan, 1000, 1)
+        eventually(lambda sent=sent: link(wan, "a", "b")["in_pkts"] == sent)  # type: ignore[misc]
+    k = delivered(wan, 50_000, 0.2)
     assert 0.01 < k["drop_loss"] / k["in_pkts"] < 0.03
 
 
 @pytest.mark.wan
 def test_queue_is_finite(wan: Wan) -> None:
     wan.set("a", "b", both=False, rate=10, queue=10)
-    with wan.inside("a"):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with s:
-        for _ in range(100):
-            s.sendto(bytes(1400), (wan.addr("b"), 9))
-    time.sleep(0.3)
-    k = link(wan, "a", "b")
+    flood(wan, 100)
+    k = delivered(wan, 100, 0.3)
     assert 5 <= k["out_pkts"] <= 25 and k["drop_queue"] + k["out_pkts"] == 100
     wan.reset()
     wan.set("a", "b", both=False, queue=1000, queue_pkts=20)
-    with wan.inside("a"):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with s:
-        for _ in range(100):
-            s.sendto(bytes(1400), (wan.addr("b"), 9))
-    time.sleep(0.3)
-    assert 20 <= link(wan, "a", "b")["out_pkts"] <= 35
+    flood(wan, 100)
+    assert 20 <= delivered(wan, 100, 0.3)["out_pkts"] <= 35
 
 
 @pytest.mark.wan
 def test_lowering_the_rate_does_not_block_the_link(wan: Wan) -> None:
     wan.set("a", "b", both=False, rate=100, queue=200)
-    with wan.inside("a"):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with s:
-        for _ in range(100):
-            s.sendto(bytes(1400), (wan.addr("b"), 9))
-        wan.set("a", "b", both=False, rate=1)
-        s.sendto(bytes(1400), (wan.addr("b"), 9))
-    time.sleep(0.5)
-    k = link(wan, "a", "b")
+    flood(wan, 100)
+    wan.set("a", "b", both=False, rate=1)
+    flood(wan, 1)
+    k = delivered(wan, 101, 0.5)
     assert k["out_pkts"] == 101 and k["held_pkts"] == 0
 
 
@@ -238,10 +234,8 @@ def test_sighup_reads_the_file_again(wan: Wan) -> None:
     conf = wan.dir / "wanem.conf"
     conf.write_text(conf.read_text() + "link a b delay_us=40000\n")
     os.kill(wan.state()["pid"], signal.SIGHUP)
-    end = time.monotonic() + 3
-    while link(wan, "a", "b")["delay_ms"] != 40 and time.monotonic() < end:
-        time.sleep(0.02)
-    assert link(wan, "a", "b")["delay_ms"] == 40 and link(wan, "b", "a")["delay_ms"] == 10
+    eventually(lambda: link(wan, "a", "b")["delay_ms"] == 40, 3)
+    assert link(wan, "b", "a")["delay_ms"] == 10
 
 
 @pytest.mark.wan
@@ -267,10 +261,7 @@ def test_it_ends_with_its_owner_and_can_be_taken_over() -> None:
         "print(w.state()['pid'], flush=True)\nos._exit(0)\n"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
-    end = time.monotonic() + 3
-    while running(pid) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not running(pid)
+    eventually(lambda: not running(pid), 3)
     with Wan(SMALL, NAME, max_life=60) as w, listen(w, "b"):
         connect(w, "a", "b").close()
 
