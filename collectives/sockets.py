@@ -25,7 +25,7 @@ FAR = 2e-3  # seconds of round trip from which a path is a long one
 NEAR = 1e-3  # and up to which hosts are in one room
 UNPACED = ("cubic", "reno")
 UNSENT = 32 << 10  # bytes that a stripe of a long path takes before their turn: others may be free earlier
-_STRIPE_PROBES, _ALONE = 12, 6
+_STRIPE_PROBES, _ALONE = 12, 15
 # struct tcp_info of Linux 4.19 and later, as far as it is read here: of 8 bytes, 24 numbers of 32 bits, 4 of 64 bits, 6
 # of 32, 4 of 64, 2 of 32 and 2 of 64
 _INFO = struct.Struct("=2x2B4x 8xI36xI8xI8xI16xI 16xQ8x 12xI8x 8xQ16x 8x 2Q")
