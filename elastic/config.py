@@ -139,6 +139,9 @@ def _check_order(timeouts: Timeouts, low: str, high: str) -> None:
         )
 
 
+TARGETS = ("rounds", "tokens", "seconds", "loss")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPolicy:
     """What a coordinator decides by.
@@ -148,6 +151,8 @@ class RunPolicy:
         half of them by default. 1.0 waits for all that are not silent.
     max_attempts: an operation that failed this often is given up, and its callers see RoundAborted.
     rounds, tokens: the run is over once this many outer rounds or tokens are committed; 0 means no such target.
+    seconds: or this time after the first outer loop began, while a coordinator served it; 0 means no such target.
+    loss: or a peer reports a held-out loss of this or less (`peer.report(held_out_loss=...)`); 0 means no such target.
     """
 
     min_peers: int = 1
@@ -155,6 +160,8 @@ class RunPolicy:
     max_attempts: int = 16
     rounds: int = 0
     tokens: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.min_peers < 1:
@@ -163,6 +170,6 @@ class RunPolicy:
             raise ConfigurationError(f"quorum is {self.quorum}: it must be above 0 and at most 1")
         if self.max_attempts < 1:
             raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be at least 1")
-        for name in ("rounds", "tokens"):
-            if getattr(self, name) < 0:
+        for name in TARGETS:
+            if not getattr(self, name) >= 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be 0 (no target) or more")

@@ -21,7 +21,8 @@ from .errors import ConfigurationError
 from .events import EventLog
 from .journal import Journal
 from .membership import Effect, Emit, Membership, Persist, Send
-from .messages import FROM_PEERS, MAX_MESSAGE_BYTES, MessageError, StatusReport, decode, encode
+from .messages import FROM_PEERS, MAX_MESSAGE_BYTES, Message, MessageError, StatusReport, decode, encode
+from .recovery import Recovery
 
 BATCH = 1000
 
@@ -57,6 +58,8 @@ class Coordinator:
     """Serves one run from a thread of its own until `close()`.
 
     bind: tcp://HOST:PORT, PORT 0 picks one; see `address`. journal: file that survives a restart; None keeps nothing.
+    recover: the journal of this run is lost: begin once a majority of its last view has said what it knows; see
+    `recovering` and `accept_minority`. The journal must be a new one.
     Raises ConfigurationError if the address or the journal cannot be used.
     """
 
@@ -69,6 +72,7 @@ class Coordinator:
         timeouts: Timeouts | None = None,
         journal: Path | None = None,
         events: Path | None = None,
+        recover: bool = False,
     ) -> None:
         self.run = check_name("run", run)
         self._timeouts = timeouts or Timeouts()
@@ -83,8 +87,8 @@ class Coordinator:
         self._lock = threading.Lock()  # guards the membership against readers in other threads
         self._messages = self._refused = self._turns = 0
         self.error: BaseException | None = None
-        records = self._journal.read() if self._journal else []
-        self._carry_out(self._membership.begin(records, time.monotonic()))
+        self._recovery = Recovery(self.run) if recover else None
+        self._begin_from_journal()
         self._thread = threading.Thread(target=self._serve, name="elastic-coordinator", daemon=True)
         self._thread.start()
 
@@ -92,6 +96,15 @@ class Coordinator:
     def token(self) -> JoinToken:
         """What a peer needs to find this run."""
         return JoinToken(self.address, self.run)
+
+    def _begin_from_journal(self) -> None:
+        records = self._journal.read() if self._journal else []
+        if self._recovery is None:
+            self._carry_out(self._membership.begin(records, time.monotonic()))
+        elif records:
+            self._socket.close()
+            self._release()
+            raise ConfigurationError("the journal holds a run already: start without recover, or name a new journal")
 
     def _bind(self, bind: str) -> zmq.Socket[bytes]:
         address = check_coordinator(bind)
@@ -127,7 +140,7 @@ class Coordinator:
     def _turn(self) -> None:
         ready = self._socket.poll(round(self._timeouts.heartbeat * 250))
         with self._lock:
-            effects = self._membership.tick(time.monotonic())
+            effects = self._tick(time.monotonic())
         for _ in range(BATCH if ready else 0):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -136,6 +149,21 @@ class Coordinator:
             effects += self._receive(parts)
         self._turns += 1
         self._carry_out(effects)
+
+    def _tick(self, now: float) -> list[Effect]:
+        recovery = self._recovery
+        if recovery is None:
+            return self._membership.tick(now)
+        if not recovery.ready:
+            return []
+        self._recovery, records = None, recovery.records()
+        return [*map(Persist, records), *self._membership.begin(records, now)]
+
+    def _decide(self, name: str, message: Message) -> list[Effect]:
+        with self._lock:
+            if self._recovery is not None:
+                return self._recovery.receive(name, message)
+            return self._membership.receive(name, message, time.monotonic())
 
     def _receive(self, parts: list[bytes]) -> list[Effect]:
         self._messages += 1
@@ -149,8 +177,7 @@ class Coordinator:
             self._refused += 1
             return []
         try:
-            with self._lock:
-                return self._membership.receive(name, message, time.monotonic())
+            return self._decide(name, message)
         except Exception as error:  # what no correct peer sends must not end the run for the others
             self._refused += 1
             kind = type(message).__name__
@@ -167,6 +194,19 @@ class Coordinator:
             if isinstance(effect, Emit):
                 self._events.emit(effect.event, **effect.fields)
 
+    @property
+    def recovering(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """While it recovers: who of the last view has come, and who is in it; None once it serves."""
+        with self._lock:
+            recovery = self._recovery
+            return (recovery.present, tuple(sorted(recovery.view))) if recovery else None
+
+    def accept_minority(self) -> None:
+        """Recover from those who are there. What only the others saw committed is given up."""
+        with self._lock:
+            if self._recovery is not None:
+                self._recovery.accept()
+
     def status(self) -> StatusReport:
         """Members, progress and shards as of now. A snapshot: the loop goes on meanwhile."""
         with self._lock:
@@ -182,6 +222,9 @@ class Coordinator:
         """Stops serving. Members keep training and find the next life of the coordinator at the same address."""
         self._stopping.set()
         self._thread.join()
+        self._release()
+
+    def _release(self) -> None:
         self._context.term()
         if self._journal:
             self._journal.close()

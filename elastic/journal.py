@@ -16,6 +16,7 @@ from collectives.records import Member
 
 from .errors import ConfigurationError
 from .messages import MessageError, OperationSpec, decode, encode
+from .runstate import RunState
 
 FORMAT = "elastic-journal-1"
 
@@ -74,7 +75,7 @@ class LoopFounded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """A round of an outer loop is final. tokens: sum of the contributors' weights."""
+    """A round of an outer loop is final. tokens: sum of the contributors' weights. elapsed: of the run, in seconds."""
 
     tag: str
     round: int
@@ -86,13 +87,50 @@ class Committed:
     tokens: float
     digest: str
     skipped: bool = False
+    elapsed: float = 0.0
 
 
-Record = Opened | Admitted | Departed | DatasetRegistered | Leased | Released | LoopFounded | Committed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """The run goes on from `state`, which a checkpoint held or the peers of a lost coordinator brought together.
+
+    Rounds that were committed after it are void; their numbers are not used again. generation: none up to this one is
+    opened again.
+    """
+
+    state: RunState
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targeted:
+    """The run is over at this many rounds, tokens, seconds, or this held-out loss; 0 means no such target."""
+
+    rounds: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """A target is reached that the other records do not show: time, or held-out loss."""
+
+    target: str
+
+
+Record = (
+    Opened | Admitted | Departed | DatasetRegistered | Leased | Released | LoopFounded | Committed | Restored | Targeted
+    | Reached
+)  # fmt: skip
 RECORDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Opened, Admitted, Departed, DatasetRegistered, Leased, Released, LoopFounded, Committed)
-}
+    for kind in (
+        Opened, Admitted, Departed, DatasetRegistered, Leased, Released, LoopFounded, Committed, Restored, Targeted,
+        Reached,
+    )
+}  # fmt: skip
 
 
 class Journal:

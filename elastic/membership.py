@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from collectives import topology
@@ -20,7 +20,8 @@ from collectives.records import Abort, LinkFailure, Member, Start
 from collectives.topology import Plan
 
 from . import planning, rounds
-from .config import RunPolicy, Timeouts
+from .config import TARGETS, RunPolicy, Timeouts
+from .errors import CheckpointMismatch
 from .journal import (
     Admitted,
     Committed,
@@ -29,8 +30,11 @@ from .journal import (
     Leased,
     LoopFounded,
     Opened,
+    Reached,
     Record,
     Released,
+    Restored,
+    Targeted,
 )
 from .messages import (
     PROTOCOL,
@@ -59,18 +63,23 @@ from .messages import (
     PeerStatus,
     Pong,
     Propose,
+    Recompute,
+    Recomputed,
     Refused,
     Represent,
     RoundFailed,
     RunProgress,
+    SetTarget,
     StatusReport,
     StatusRequest,
     View,
     Welcome,
     Withdraw,
 )
+from .parity import Claims
 from .planning import Routes
 from .rounds import Operation, Pair, Phase
+from .runstate import LoopState, RunState, above
 from .shards import ShardTable
 
 KEPT_COMMITS = 8
@@ -108,7 +117,10 @@ Effect = Send | Persist | Emit
 
 @dataclass
 class MemberState:
-    """A member and what is known of it now. Only member, site and life are durable."""
+    """A member and what is known of it now. Only member, site and life are durable.
+
+    repaired: how often it held other bits than the run, and had to fetch the state anew.
+    """
 
     member: Member
     site: str
@@ -120,17 +132,35 @@ class MemberState:
     entered: set[str] = field(default_factory=set)
     trains: set[str] = field(default_factory=set)
     exited: set[str] = field(default_factory=set)
+    repaired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a peer that enters has from a checkpoint."""
+
+    name: str
+    incarnation: int
+    version: int
+    state_hash: str
+    state: RunState
 
 
 @dataclass
 class Loop:
-    """The durable part of an outer loop: its contract and how far each fragment is."""
+    """An outer loop: its contract and how far each fragment is (durable), and what is open about its state.
+
+    claims: of the newest version of each fragment. vacant: since when its state is asked for and nobody holds it.
+    offers: checkpoints of the peers that ask, by name. halted: why it cannot go on.
+    """
 
     spec: OperationSpec
     versions: dict[int, int] = field(default_factory=dict)
     hashes: dict[tuple[int, int], str] = field(default_factory=dict)
     rounds: int = 0
     founder: int = 0
+    claims: dict[int, Claims] = field(default_factory=dict)
+    halted: str = ""
 
 
 class Membership:
@@ -149,7 +179,10 @@ class Membership:
         self.retired: dict[int, str] = {}
         self.loops: dict[str, Loop] = {}
         self.table: ShardTable | None = None
-        self.tokens = 0.0
+        self.tokens = self.elapsed = 0.0
+        self.serial = 0
+        self.targets: dict[str, float] = {name: getattr(policy, name) for name in TARGETS}
+        self.reached = ""
         self.operations: dict[str, Operation] = {}
         self.commits: dict[str, deque[Commit]] = {}
         self.last_contributors: tuple[str, ...] = ()
@@ -162,6 +195,9 @@ class Membership:
         self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
         self._absent: dict[str, set[str]] = {}
         self._orphaned: dict[str, float] = {}
+        self._vacant: dict[str, float] = {}
+        self._offers: dict[str, dict[str, Offer]] = {}
+        self._live = False
         self._last_tick: float | None = None
         self._returning: dict[str, float] = {}
         self._effects: list[Effect] = []
@@ -172,7 +208,10 @@ class Membership:
         """Replays a journal and opens the next generation. Everybody known gets a full deadline (rule 3)."""
         for record in records:
             self._apply(record)
+        self._live = True
         self._record(Opened(generation=self.generation + 1))
+        for tag in self.loops.keys() & self.commits.keys():
+            self.commits[tag][-1] = replace(self.commits[tag][-1], state=self.state().to_bytes())
         for member in self.members.values():
             member.last_heard = now
         self._last_tick = now
@@ -202,6 +241,9 @@ class Membership:
         self._renew_after_gap(now)
         for name, state in list(self.members.items()):
             self._watch(name, state, now)
+        for tag, loop in self.loops.items():
+            for fragment in loop.claims:
+                self._judge(tag, fragment, now)
         for operation in list(self.operations.values()):
             self._consider(operation, now)
         for name, since in list(self._orphaned.items()):
@@ -215,6 +257,7 @@ class Membership:
     def _renew_after_gap(self, now: float) -> None:
         # rule 3: a coordinator that was frozen itself must not blame others for its own silence
         last, self._last_tick = self._last_tick, now
+        self._grow_older(0.0 if last is None else now - last)
         if last is None or now - last <= self.timeouts.heartbeat:
             return
         gap = now - last
@@ -224,8 +267,9 @@ class Membership:
             operation.changed_at += gap
             if operation.opened_at is not None:
                 operation.opened_at += gap
-        for name in self._orphaned:
-            self._orphaned[name] += gap
+        for since in (self._orphaned, self._vacant):
+            for name in since:
+                since[name] += gap
 
     # --- members ----------------------------------------------------------------------------------------------------
 
@@ -293,6 +337,10 @@ class Membership:
             self._release(name)
         elif self.table and self.table.held_by(name):
             self._orphaned[name] = now
+        for tag, loop in self.loops.items():
+            for claims in loop.claims.values():
+                claims.forget(name)
+            self._offers.get(tag, {}).pop(name, None)
         operations = list(self.operations.values())
         for operation in operations:
             self._take_out(operation, name)
@@ -335,6 +383,7 @@ class Membership:
         match message:
             case Heartbeat():
                 self.members[name].status = message.status
+                self._compare_loss(name, message.status.held_out_loss)
                 self.routes.learn(name, message.status.links, self.members)
                 self._send(name, self._stamp(Pong, progress=self.progress))
             case Propose():
@@ -351,6 +400,10 @@ class Membership:
                 self._enter(name, message, now)
             case Applied():
                 self._applied(name, message, now)
+            case Recomputed():
+                self._recomputed(name, message, now)
+            case SetTarget():
+                self._set_target(name, message)
             case Exit():
                 self._exit(name, message.tag, now)
             case LeaseRequest():
@@ -368,16 +421,34 @@ class Membership:
             reason = f"{message.tag} has no fragment {message.fragment}; it has {sorted(loop.versions)}"
             self._refuse(name, message, "ParityError", reason, tag=message.tag)
             return
+        if loop is not None and loop.halted:
+            self._refuse(name, message, "ParityError", loop.halted, tag=message.tag)
+            return
         self.members[name].entered.add(message.tag)
         self.members[name].exited.discard(message.tag)
         self.members[name].trains.discard(message.tag)  # who asks has nothing to train from
-        if loop is None:
-            self._found(name, message)
+        if not self._take_offer(name, message):
+            return
+        if loop is None or not self._begun(message.tag):
+            self._enter_new(name, message, now)
         elif self._holders(message.tag, message.fragment):
             self._send(name, self._base(message.tag, message.fragment))
         elif self._nobody_will_hold(name, message.tag, loop):
-            self._enter_unheld(name, message, loop)
+            self._enter_unheld(name, message, now)
         # else: whoever holds it is about to say so; the peer asks again
+
+    def _begun(self, tag: str) -> bool:
+        """Whether a round of the loop has changed anything."""
+        return any(self.loops[tag].versions.values())
+
+    def _enter_new(self, name: str, message: Enter, now: float) -> None:
+        """Nothing is committed yet: a checkpoint is gone on from, if one is offered; else the first peer founds."""
+        if self._offers.get(message.tag):
+            self._wait_for_offers(name, message, now)
+        elif message.tag in self.loops and self._holders(message.tag, message.fragment):
+            self._send(name, self._base(message.tag, message.fragment))
+        elif message.tag not in self.loops or self._nobody_will_hold(name, message.tag, self.loops[message.tag]):
+            self._found(name, message)  # no founder, or it went away before anybody had its state: nothing is lost
 
     def _nobody_will_hold(self, asker: str, tag: str, loop: Loop) -> bool:
         """Whether no member holds the state or is about to. After a restart, any that has not yet said so may.
@@ -388,13 +459,86 @@ class Membership:
         busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in others)
         return not busy and not self._returning
 
-    def _enter_unheld(self, name: str, message: Enter, loop: Loop) -> None:
-        version = loop.versions.get(message.fragment, 0)
-        if version == 0:  # the founder went away before anybody had its state: nothing is lost by a new one
-            self._found(name, message)
+    def _enter_unheld(self, name: str, message: Enter, now: float) -> None:
+        """The committed state died with its last holder: a checkpoint takes its place, or there is nothing left."""
+        if self._wait_for_offers(name, message, now):
             return
-        reason = f"no living peer holds version {version} of {message.tag}; restart from a checkpoint"
+        version = self.loops[message.tag].versions[message.fragment]
+        reason = f"no living peer holds version {version} of {message.tag}, and no checkpoint was offered"
         self._refuse(name, message, "NoSource", reason, tag=message.tag)
+
+    def _take_offer(self, name: str, message: Enter) -> bool:
+        """Remembers what the peer has from a checkpoint; False if that is refused."""
+        offers = self._offers.setdefault(message.tag, {})
+        offers.pop(name, None)
+        if message.offered <= 0:
+            return True
+        try:
+            state = RunState.from_bytes(message.state)
+            loop = state.loop(message.tag)
+            if state.run != self.run or loop is None or loop.versions.get(message.fragment) != message.offered:
+                raise CheckpointMismatch(f"its run state is not that of version {message.offered} of {message.tag}")
+        except CheckpointMismatch as error:
+            reason = f"the checkpoint that peer {name} offers cannot be used: {error}"
+            self._refuse(name, message, "CheckpointMismatch", reason, tag=message.tag)
+            return False
+        if not self._mismatch(name, message, loop.spec, message.spec):
+            offers[name] = Offer(name, message.incarnation, message.offered, message.offered_hash, state)
+        return name in offers
+
+    def _wait_for_offers(self, name: str, message: Enter, now: float) -> bool:
+        """Goes on from the newest checkpoint that is offered; False if there is none after waiting for the others'."""
+        tag = message.tag
+        since = self._vacant.setdefault(tag, now)
+        offers = self._offers[tag].values()
+        best = max(offers, key=lambda offer: (offer.state.generation, offer.state.serial, offer.name), default=None)
+        if not (best and self._is_newest(best, tag, message.fragment)) and now - since < self.timeouts.grace:
+            return True
+        del self._vacant[tag]
+        if best is None:
+            return False
+        self._restore(best, tag, message.fragment, now)
+        return True
+
+    def _is_newest(self, offer: Offer, tag: str, fragment: int) -> bool:
+        """Whether nothing that is committed is missing in this checkpoint."""
+        loop = self.loops.get(tag)
+        return loop is not None and (loop.versions[fragment], self.tokens) == (offer.version, offer.state.tokens)
+
+    def _restore(self, offer: Offer, tag: str, fragment: int, now: float) -> None:
+        """The run goes on from this checkpoint. Of what was committed later nothing is left: that is said."""
+        if not self._is_newest(offer, tag, fragment):
+            self._roll_back(offer, tag, fragment)
+        loop = self.loops[tag]
+        loop.hashes[fragment, offer.version] = offer.state_hash
+        loop.founder, loop.halted = offer.incarnation, ""
+        for holder in self._holders_without_member():
+            self._orphaned.setdefault(holder, now)
+        for state in self.members.values():
+            state.held.pop((tag, fragment), None)
+            state.trains.discard(tag)
+        for name, each in self._offers.pop(tag).items():
+            if (each.version, each.state_hash) == (offer.version, offer.state_hash):
+                self._send(name, self._base(tag, fragment))
+
+    def _roll_back(self, offer: Offer, tag: str, fragment: int) -> None:
+        loop = self.loops.get(tag)
+        before, tokens = loop.versions.get(fragment, 0) if loop else 0, self.tokens
+        foreign = offer.state.generation >= self.generation  # of a journal that this coordinator does not have
+        generation = above(offer.state.generation) if foreign else self.generation
+        reason = f"checkpoint of version {offer.version} offered by {offer.name}"
+        self._record(Restored(state=offer.state, generation=generation, reason=reason))
+        self._emit(
+            "run.rolled_back" if before > offer.version else "run.resumed",
+            tag=tag,
+            version=offer.version,
+            peer=offer.name,
+            versions_lost=max(0, before - offer.version),
+            tokens_lost=max(0, int(tokens - offer.state.tokens)),
+        )
+        if foreign:
+            self._record(Opened(generation=self.generation + 1))
+            self._broadcast(self._stamp(Represent))
 
     def _found(self, name: str, message: Enter) -> None:
         record = LoopFounded(
@@ -411,7 +555,13 @@ class Membership:
         sources = () if found else rounds.members_of(self._holders(tag, fragment), self._members())
         state_hash = loop.hashes.get((fragment, version), "")
         base: Base = self._stamp(
-            Base, tag=tag, fragment=fragment, version=version, state_hash=state_hash, sources=sources
+            Base,
+            tag=tag,
+            fragment=fragment,
+            version=version,
+            state_hash=state_hash,
+            sources=sources,
+            state=self.state().to_bytes(),
         )
         return base
 
@@ -425,30 +575,111 @@ class Membership:
         ]
 
     def _applied(self, name: str, message: Applied, now: float) -> None:
-        loop, key = self.loops.get(message.tag), (message.fragment, message.version)
-        if loop is None or not 0 <= message.version <= loop.versions.get(message.fragment, -1):
+        loop = self.loops.get(message.tag)
+        newest = loop.versions.get(message.fragment, -1) if loop else -1
+        if loop is None or loop.halted or message.version < 0 or newest < 0:
             return
-        agreed = loop.hashes.setdefault(key, message.state_hash)
-        if agreed != message.state_hash:
-            self._drifted(name, message, message.version, message.state_hash, agreed, now)
+        if message.version > newest:  # of a line that was rolled back
+            self._catch_up(name, message.tag, message.fragment, message.version)
             return
-        loop.hashes.pop((message.fragment, message.version - KEPT_COMMITS), None)
+        if not self._agrees(name, message, loop, newest, now):
+            return
         state = self.members[name]
         state.held[message.tag, message.fragment] = (message.version, message.state_hash)
         state.entered.add(message.tag)
         (state.trains.discard if message.receiving else state.trains.add)(message.tag)
-        if message.version < loop.versions[message.fragment]:
+        self._vacant.pop(message.tag, None)
+        if message.version < newest:
             self._catch_up(name, message.tag, message.fragment, message.version)
             return
+        self._judge(message.tag, message.fragment, now)
         progress = self.progress
         if progress.finished and not progress.behind:
             self._broadcast(self._stamp(Pong, progress=progress))  # the holders need not stay any longer
 
-    def _drifted(self, name: str, message: Applied | Propose, version: int, held: str, agreed: str, now: float) -> None:
-        reason = f"peer {name} holds {held} as version {version}, the run holds {agreed}"
-        self._emit("parity.mismatch", peer=name, version=version, held=held, agreed=agreed)
-        self._exit(name, message.tag, now)
-        self._refuse(name, message, "ParityError", reason, tag=message.tag)
+    # --- parity -----------------------------------------------------------------------------------------------------
+
+    def _agrees(self, name: str, message: Applied, loop: Loop, newest: int, now: float) -> bool:
+        """Takes note of what the peer holds; False if that is not what the run holds, and is decided."""
+        key = (message.fragment, message.version)
+        claims = loop.claims.get(message.fragment)
+        if claims is None or claims.version != newest:
+            claims = loop.claims[message.fragment] = Claims(newest)
+        agreed = loop.hashes.setdefault(key, message.state_hash)
+        loop.hashes.pop((message.fragment, message.version - KEPT_COMMITS), None)
+        if message.computed and message.version == newest:
+            claims.claim(name, message.state_hash, now)
+        elif agreed != message.state_hash:
+            self._repair(name, message.tag, message.fragment, message.version, message.state_hash, now)
+            return False
+        return True
+
+    def _judge(self, tag: str, fragment: int, now: float) -> None:
+        """Finds out which of several claims about the newest version is right, and repairs who was wrong."""
+        loop = self.loops[tag]
+        claims = loop.claims[fragment]
+        if not claims.disputed or loop.halted:
+            return
+        voters = {n for n, s in self.members.items() if not s.silent and (tag in s.trains or n in claims.claimed)}
+        right = claims.majority(voters) or self._proven(tag, fragment, voters, now)
+        operation = self.operations.get(tag)
+        if not right or (operation and any(operation.in_attempt(name) for name in claims.claimed)):
+            return  # what is in a running attempt is decided by that: nobody may read samples again that it counts
+        loop.hashes[fragment, claims.version] = right
+        held = dict(claims.claimed)
+        for name in claims.settle(right):
+            self._repair(name, tag, fragment, claims.version, held[name], now)
+        if operation is not None:
+            self._consider(operation, now)
+
+    def _proven(self, tag: str, fragment: int, voters: set[str], now: float) -> str:
+        """Rule 9: without a majority, each side works it out again."""
+        claims = self.loops[tag].claims[fragment]
+        assert claims.since is not None, "a dispute has begun"
+        if claims.asked is None and (claims.all_heard(voters) or now - claims.since > self.timeouts.chunk):
+            claims.asked = now
+            for name in claims.claimed:
+                self._send(name, self._stamp(Recompute, tag=tag, fragment=fragment, version=claims.version))
+        if claims.asked is None:
+            return ""
+        waited = now - claims.asked
+        if not claims.recomputed(voters) and waited <= self.timeouts.operation:
+            return ""
+        right = claims.proven()
+        if not right:
+            self._halt(tag, claims)
+        return right
+
+    def _recomputed(self, name: str, message: Recomputed, now: float) -> None:
+        loop = self.loops.get(message.tag)
+        claims = loop.claims.get(message.fragment) if loop else None
+        if claims and claims.version == message.version and claims.asked is not None and name in claims.claimed:
+            claims.reproduced[name] = message.state_hash
+            self._judge(message.tag, message.fragment, now)
+
+    def _repair(self, name: str, tag: str, fragment: int, version: int, held: str, now: float) -> None:
+        """The peer holds other bits than the run: it fetches the state anew, and reads its samples again."""
+        state, loop = self.members[name], self.loops[tag]
+        state.repaired += 1
+        agreed = loop.hashes.get((fragment, version), "")
+        self._emit("parity.mismatch", peer=name, tag=tag, version=version, held=held, agreed=agreed)
+        state.held.pop((tag, fragment), None)
+        state.trains.discard(tag)
+        operation = self.operations.get(tag)
+        if operation is not None and operation.fragment == fragment:
+            self._withdraw(operation, name, now)
+        self._send(name, self._base(tag, fragment))
+
+    def _halt(self, tag: str, claims: Claims) -> None:
+        """Nobody can say what the state is: better to stop than to train on."""
+        loop = self.loops[tag]
+        held = ", ".join(f"{name} holds {state_hash}" for name, state_hash in sorted(claims.claimed.items()))
+        loop.halted = f"{tag}: no majority and no proof for version {claims.version}: {held}; resume from a checkpoint"
+        self._emit("parity.undecided", tag=tag, version=claims.version, held=dict(claims.claimed))
+        self.operations.pop(tag, None)
+        for name, state in self.members.items():
+            if tag in state.entered:
+                self._send(name, self._stamp(Refused, error="ParityError", reason=loop.halted, tag=tag))
 
     def _catch_up(self, name: str, tag: str, fragment: int, version: int) -> None:
         """Rule 5: sends the next commit that the peer missed, or, if nobody gives its result, the state itself."""
@@ -620,11 +851,26 @@ class Membership:
         if message.base_version != loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.base_version)
             return False
-        agreed = loop.hashes.get((message.fragment, message.base_version), message.base_hash)
-        if message.base_hash not in ("", agreed):
-            self._drifted(name, message, message.base_version, message.base_hash, agreed, now)
+        if loop.halted or self._mismatch(name, message, loop.spec, message.spec):
             return False
-        return not self._mismatch(name, message, loop.spec, message.spec)
+        if self._holds_others_shards(name, message):
+            self._send(name, self._base(message.tag, message.fragment))
+            return False
+        agreed = loop.hashes.get((message.fragment, message.base_version), message.base_hash)
+        claims = loop.claims.get(message.fragment)
+        claimed = claims.claimed.get(name) if claims else None
+        if message.base_hash in ("", agreed, claimed):
+            return True  # if it is disputed, the round waits for the decision
+        self._repair(name, message.tag, message.fragment, message.base_version, message.base_hash, now)
+        return False
+
+    def _holds_others_shards(self, name: str, message: Propose) -> bool:
+        """Whether it has read what the run does not know it to hold: leases can be lost with a journal."""
+        table = self.table
+        return table is not None and any(
+            shard >= table.next or table.holders.get(shard, name if shard not in table.cursors else "") != name
+            for shard in message.cursors
+        )
 
     def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
         """Rule 10: names the first difference between what the run does and what the peer wants."""
@@ -681,12 +927,13 @@ class Membership:
     def _consider_start(self, operation: Operation, now: float) -> None:
         expected = self._expected(operation, now)
         present = {name for name in operation.proposals if not self.members[name].silent}
-        if len(present) < self.policy.min_peers:
+        if len(present) < self.policy.min_peers or self._disputed(operation):
             operation.opened_at = None
             return
         missing = expected - present
         needed = rounds.quorum_count(len(expected), self.policy.quorum, self.policy.min_peers)
-        if operation.opened_at is None and len(present) >= min(needed, len(expected)):
+        draining = any(proposal.leaving for proposal in operation.proposals.values())
+        if operation.opened_at is None and (draining or len(present) >= min(needed, len(expected))):
             operation.opened_at = now
             for name in missing:
                 self._send(name, self._stamp(Open, tag=operation.tag, round=operation.round))
@@ -694,6 +941,11 @@ class Membership:
         if not missing or grace_over:
             self._absent.setdefault(operation.tag, set()).update(missing)
             self._begin_attempt(operation, present, now)
+
+    def _disputed(self, operation: Operation) -> bool:
+        loop = self.loops.get(operation.tag)
+        claims = loop.claims.get(operation.fragment) if loop and operation.outer else None
+        return claims is not None and claims.disputed
 
     def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
         """Starts the next attempt with these peers' proposals; a round without any weight is skipped (rule 6)."""
@@ -951,6 +1203,7 @@ class Membership:
             tokens=sum(proposal.weight for proposal in giving),
             digest=digest,
             skipped=skipped,
+            elapsed=self.elapsed,
         )
         if operation.outer:
             self._record(record)
@@ -1065,6 +1318,12 @@ class Membership:
                 loop.hashes[record.fragment, 0] = record.state_hash
             case Committed():
                 self._apply_committed(record)
+            case Restored():
+                self._apply_restored(record)
+            case Targeted():
+                self.targets = {name: getattr(record, name) for name in TARGETS}
+            case Reached():
+                self.reached = record.target
 
     def _apply_admitted(self, record: Admitted) -> None:
         name = record.member.name
@@ -1077,6 +1336,8 @@ class Membership:
         loop.versions[record.fragment] = record.version
         loop.rounds = record.round + 1
         self.tokens += record.tokens
+        self.elapsed = max(self.elapsed, record.elapsed)
+        self.serial += 1
         if self.table:
             self.table.commit(record.cursors)
         if not record.skipped:
@@ -1084,7 +1345,51 @@ class Membership:
         self.last_contributors = record.contributors
         self._note_commit(record)
 
+    def _apply_restored(self, record: Restored) -> None:
+        state = record.state
+        self.generation = max(self.generation, record.generation)
+        self.epoch = max(self.epoch, state.epoch)
+        self.serial = max(self.serial, state.serial) + 1
+        self.tokens, self.elapsed = state.tokens, max(self.elapsed, state.elapsed)
+        self.table = ShardTable.restored(state.data)
+        for each in state.loops:
+            before = self.loops.get(each.tag)
+            loop = self.loops[each.tag] = Loop(each.spec, rounds=max(each.rounds, before.rounds if before else 0))
+            loop.versions.update(each.versions)
+            loop.hashes.update({(f, each.versions[f]): held for f, held in each.hashes.items() if held})
+            self.commits.pop(each.tag, None)
+            self.operations.pop(each.tag, None)
+            self._rounds[each.tag] = loop.rounds
+        self._decided = {key: value for key, value in self._decided.items() if key[0] not in self.loops}
+
+    def state(self) -> RunState:
+        """The small run state, as of now."""
+        loops = (
+            LoopState(
+                tag=tag,
+                spec=loop.spec,
+                rounds=loop.rounds,
+                versions=dict(loop.versions),
+                hashes={fragment: loop.hashes.get((fragment, v), "") for fragment, v in loop.versions.items()},
+            )
+            for tag, loop in self.loops.items()
+        )
+        data = {"data": self.table.state()} if self.table else {}
+        return RunState(
+            run=self.run,
+            generation=self.generation,
+            epoch=self.epoch,
+            serial=self.serial,
+            tokens=self.tokens,
+            elapsed=self.elapsed,
+            loops=tuple(loops),
+            **data,
+        )
+
     def _note_commit(self, record: Committed) -> None:
+        loop = self.loops.get(record.tag)
+        base = record.version - (not record.skipped)
+        outer = record.version >= 0
         commit = self._stamp(
             Commit,
             tag=record.tag,
@@ -1097,6 +1402,8 @@ class Membership:
             digest=record.digest,
             skipped=record.skipped,
             progress=self.progress,
+            base_hash=loop.hashes.get((record.fragment, base), "") if loop and outer else "",
+            state=self.state().to_bytes() if outer and self._live else b"",
         )
         self.commits.setdefault(record.tag, deque(maxlen=KEPT_COMMITS)).append(commit)
         self._rounds[record.tag] = max(self._rounds.get(record.tag, 0), record.round + 1)
@@ -1106,11 +1413,32 @@ class Membership:
     @property
     def progress(self) -> RunProgress:
         done = sum(loop.rounds for loop in self.loops.values())
-        enough_rounds = 0 < self.policy.rounds <= done
-        enough_tokens = 0 < self.policy.tokens <= self.tokens
-        finished = enough_rounds or enough_tokens or self._data_spent()
+        enough_rounds = 0 < self.targets["rounds"] <= done
+        enough_tokens = 0 < self.targets["tokens"] <= self.tokens
+        finished = enough_rounds or enough_tokens or bool(self.reached) or self._data_spent()
         behind = self._behind() if finished else 0
         return RunProgress(rounds=done, tokens=int(self.tokens), finished=finished, behind=behind)
+
+    def _grow_older(self, seconds: float) -> None:
+        """The time of a run counts while a coordinator serves it and there is something to train."""
+        self.elapsed += seconds if self.loops else 0.0
+        if 0 < self.targets["seconds"] <= self.elapsed:
+            self._reach(f"{self.targets['seconds']:g} s")
+
+    def _compare_loss(self, name: str, loss: float) -> None:
+        if loss <= self.targets["loss"] and self.targets["loss"] > 0:
+            self._reach(f"held-out loss {loss:g} on {name}")
+
+    def _reach(self, target: str) -> None:
+        if not self.reached:
+            self._record(Reached(target=target))
+            self._emit("run.target_reached", target=target)
+
+    def _set_target(self, name: str, message: SetTarget) -> None:
+        wanted: dict[str, Any] = {each: getattr(message, each) or self.targets[each] for each in TARGETS}
+        if wanted != self.targets and all(value >= 0 for value in wanted.values()):
+            self._record(Targeted(**wanted))
+            self._emit("run.target_set", peer=name, **wanted)
 
     def _data_spent(self) -> bool:
         """Whether every sample of every epoch stands behind a committed round (rule 11)."""
@@ -1150,6 +1478,7 @@ class Membership:
             state_hash=state_hash,
             silence=now - state.last_heard,
             status=state.status,
+            repaired=state.repaired,
         )
 
     def _members(self) -> dict[str, Member]:
@@ -1163,9 +1492,13 @@ class Membership:
             for name, state in self.members.items()
             if not state.silent and (state.member.incarnation in sources or self._has_applied(state, commit))
         ]
-        fields = {name: getattr(commit, name) for name in Commit.__dataclass_fields__}
-        fields |= {"generation": self.generation, "epoch": self.epoch, "progress": self.progress}
-        return Commit(**fields | {"sources": rounds.members_of(holders, self._members())})
+        return replace(
+            commit,
+            generation=self.generation,
+            epoch=self.epoch,
+            progress=self.progress,
+            sources=rounds.members_of(holders, self._members()),
+        )
 
     def _has_applied(self, state: MemberState, commit: Commit) -> bool:
         version, _ = state.held.get((commit.tag, commit.fragment), (-1, ""))

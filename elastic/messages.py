@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -85,11 +85,15 @@ class LinkReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
-    """How a peer is doing; rides on its heartbeats. Seconds and bytes; loss is NaN until there is one."""
+    """How a peer is doing; rides on its heartbeats. Seconds and bytes; losses are NaN until there is one.
+
+    held_out_loss: of the outer parameters on data that nobody trains on; a run may have a target for it.
+    """
 
     state: str = "idle"
     step: int = 0
     loss: float = float("nan")
+    held_out_loss: float = float("nan")
     tokens_per_second: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -101,12 +105,19 @@ class PeerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join(Message):
-    """Asks for membership; the same incarnation asks again to re-present itself to a new generation."""
+    """Asks for membership; the same incarnation asks again to re-present itself to a new generation.
+
+    view, state, holding: if they were asked for, the incarnations in the last view by name, the last run state that it
+    got, and the shards that it works on.
+    """
 
     protocol: int = PROTOCOL
     member: Member
     site: str
     commits: tuple[CommitNote, ...] = ()
+    view: dict[str, int] = field(default_factory=dict)
+    state: bytes = b""
+    holding: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +133,7 @@ class Propose(Message):
     round: the round that this proposal was already started in, after a coordinator's restart; else -1.
     base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
     cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
+    leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
     """
 
     tag: str
@@ -134,6 +146,7 @@ class Propose(Message):
     cursors: dict[int, int]
     spec: OperationSpec
     receiver: bool = False
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,12 +183,19 @@ class Leave(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enter(Message):
-    """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first."""
+    """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first.
+
+    offered, offered_hash, state: version and hash of what this peer has from a checkpoint (-1: nothing), and the run
+    state that belongs to it; it is taken if no living peer holds anything newer.
+    """
 
     tag: str
     spec: OperationSpec
     fragment: int = 0
     state_hash: str
+    offered: int = -1
+    offered_hash: str = ""
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +210,7 @@ class Applied(Message):
     """This peer holds `version` of the fragment, with this hash, and serves it to others.
 
     receiving: it has nothing to train on for now, and only follows: no round needs to wait for it (rule 11).
+    computed: it is the outcome of an outer step of its own, not of a transfer: it counts when hashes differ.
     """
 
     tag: str
@@ -197,6 +218,27 @@ class Applied(Message):
     version: int
     state_hash: str
     receiving: bool = False
+    computed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recomputed(Message):
+    """Answers Recompute. state_hash: what came out; "" if this peer no longer holds what it would need."""
+
+    tag: str
+    fragment: int
+    version: int
+    state_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetTarget(Message):
+    """The run is over at this many rounds, tokens, seconds, or this held-out loss; 0 leaves a target as it is."""
+
+    rounds: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +340,7 @@ class Commit(Message):
     """The final word on a round. sources: who holds the result (by its digest), for those who do not.
 
     skipped: nobody contributed; nothing changes. version: of the fragment once this is applied (-1: plain operation).
+    base_hash: of the version that it leads on from. state: the run state as of this commit, encoded (RunState).
     """
 
     tag: str
@@ -310,6 +353,8 @@ class Commit(Message):
     digest: str
     skipped: bool = False
     progress: RunProgress
+    base_hash: str = ""
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,13 +368,14 @@ class RoundFailed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Message):
-    """The outer state to begin from. No sources: this peer's own state founds the run."""
+    """The outer state to begin from. No sources: this peer has it itself. state: the run state (RunState), encoded."""
 
     tag: str
     fragment: int
     version: int
     state_hash: str
     sources: tuple[Member, ...]
+    state: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,7 +402,21 @@ class Refused(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Represent(Message):
-    """The coordinator does not know this incarnation in its generation: join again with the same one."""
+    """The coordinator does not know this incarnation in its generation: join again with the same one.
+
+    recall: it has lost its journal, and asks for what this peer knows of the run (Join.view, state, holding).
+    """
+
+    recall: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recompute(Message):
+    """Peers hold different bits as this version: work it out again from the one before, and say what came out."""
+
+    tag: str
+    fragment: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,7 +435,7 @@ class Pong(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberReport:
-    """One member in a status report. silence: seconds since it was last heard."""
+    """One member in a status report. silence: seconds since it was last heard. repaired: times its bits were wrong."""
 
     name: str
     site: str
@@ -385,6 +445,7 @@ class MemberReport:
     state_hash: str
     silence: float
     status: PeerStatus
+    repaired: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -503,13 +564,13 @@ FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
-        LinkLost, Gone, StatusRequest,
+        LinkLost, Gone, StatusRequest, Recomputed, SetTarget,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport,
+        StatusReport, Recompute,
     )
 }  # fmt: skip

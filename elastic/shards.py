@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from xxhash import xxh3_64_intdigest
 
 from .journal import DatasetRegistered
+from .runstate import DataState
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,31 @@ class ShardTable:
     @classmethod
     def of(cls, record: DatasetRegistered) -> ShardTable:
         return cls(Layout(record.samples, record.shard_size, record.seed), record.epochs)
+
+    def state(self) -> DataState:
+        """All of it, as a value."""
+        layout = self.layout
+        return DataState(
+            samples=layout.samples,
+            shard_size=layout.shard_size,
+            seed=layout.seed,
+            epochs=self.epochs,
+            next=self.next,
+            committed=self.committed,
+            cursors=dict(self.cursors),
+            holders=dict(self.holders),
+            free=tuple(sorted(self.free)),
+        )
+
+    @classmethod
+    def restored(cls, state: DataState) -> ShardTable | None:
+        """The inverse of `state()`; None for a run without data."""
+        if not state.samples:
+            return None
+        layout = Layout(state.samples, state.shard_size, state.seed)
+        table = cls(layout, state.epochs, dict(state.holders), dict(state.cursors), {*state.free})
+        table.next, table.committed = state.next, state.committed
+        return table
 
     def held_by(self, name: str) -> list[int]:
         return sorted(shard for shard, holder in self.holders.items() if holder == name)

@@ -39,12 +39,15 @@ from elastic.messages import (
     OperationSpec,
     PeerStatus,
     Propose,
+    Recompute,
+    Recomputed,
     Refused,
     Represent,
     RoundFailed,
     Welcome,
     Withdraw,
 )
+from elastic.runstate import RunState
 from elastic.shards import Layout, ShardReader
 
 RUN, OUTER, PLAIN, SPREAD, GATHER = "run", "outer", "grads", "news", "parts"
@@ -112,6 +115,10 @@ class SimPeer:
         self.expelled = ""
         self.mode = "out"
         self.version = -1
+        self.computed = self.corrupt = False
+        self.before = ""
+        self.knows: RunState | None = None
+        self.members: dict[str, int] = {}
         self.states: dict[int, str] = {}
         self.results: dict[int, str] = {}
         self.fetching: Base | None = None
@@ -223,7 +230,7 @@ class SimPeer:
         if self.mode == "entering":
             self.enter()
         if self.mode == "training" and (self.wanted or self.slots[OUTER].proposal):
-            self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=self.states[self.version])
+            self.announce()
         for slot in self.slots.values():
             if slot.report is not None:
                 self.outbox.append(slot.report)
@@ -256,6 +263,8 @@ class SimPeer:
                 self._round_failed(message)
             case Base():
                 self._base(message)
+            case Recompute():
+                self._recompute(message)
             case Leases():
                 self._leases(message)
             case Refused():
@@ -270,7 +279,7 @@ class SimPeer:
         fresh = not self.joined
         self.joined = True
         if fresh and self.mode == "training":
-            self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=self.states[self.version])
+            self.announce()
         for slot in self.slots.values() if fresh else ():
             if slot.proposal is not None:
                 self._say_proposal(slot)
@@ -357,17 +366,24 @@ class SimPeer:
         if self.name in commit.contributors and commit.digest in self.doubts:
             self._consume(self.doubts[commit.digest])
         self.doubts.clear()
-        state = digest_of(self.states[self.version], commit.digest)
+        self.before, self.last = self.states[self.version], commit.digest
+        state = digest_of(self.before, commit.digest)
+        if self.corrupt:
+            self.corrupt, state = False, digest_of("bits fell over", state)
         self.results[commit.version] = commit.digest
         self.results.pop(commit.version - KEPT, None)
-        self._adopt(commit.version, state)
+        self._adopt(commit.version, state, computed=True)
 
-    def _adopt(self, version: int, state: str) -> None:
-        self.version, self.states[version] = version, state
+    def _adopt(self, version: int, state: str, *, computed: bool = False) -> None:
+        self.version, self.states[version], self.computed = version, state, computed
         self.states.pop(version - KEPT, None)
         for old in [old for old in self.wanted if old <= version]:
             del self.wanted[old]
-        self.say(Applied, tag=OUTER, fragment=0, version=version, state_hash=state)
+        self.announce()
+
+    def announce(self) -> None:
+        state = self.states[self.version]
+        self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=state, computed=self.computed)
 
     def _consume(self, proposal: Propose) -> None:
         self.bases |= proposal.cursors
@@ -378,8 +394,17 @@ class SimPeer:
         if self.mode == "entering" and not base.sources and base.state_hash == self.own_state:
             self.mode = "training"
             self._adopt(base.version, base.state_hash)
-        elif base.sources and (self.mode == "entering" or (self.mode == "training" and base.version > self.version)):
+        elif base.sources and (self.mode == "entering" or self._differs(base)):
             self.mode, self.fetching = "entering", base
+
+    def _differs(self, base: Base) -> bool:
+        other = (base.version, base.state_hash) != (self.version, self.states.get(self.version))
+        return self.mode == "training" and other and base.version >= self.version
+
+    def _recompute(self, message: Recompute) -> None:
+        able = self.mode == "training" and self.computed and message.version == self.version
+        again = digest_of(self.before, self.last) if able else ""
+        self.say(Recomputed, tag=OUTER, fragment=0, version=message.version, state_hash=again)
 
     def fetched(self, base: Base, state: str) -> None:
         """The whole state is here; what was read and not committed is read again, if this is not the first time."""

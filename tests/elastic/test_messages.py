@@ -31,6 +31,7 @@ PLAIN: dict[Any, st.SearchStrategy[Any]] = {
     int: st.integers(-MAX_INTEGER, MAX_INTEGER),
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
+    bytes: st.binary(max_size=6),
 }
 
 
