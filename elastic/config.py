@@ -62,8 +62,20 @@ def check_endpoint(what: str, text: str) -> tuple[str, int]:
     return host, port
 
 
-def check_coordinator(address: str) -> str:
-    """Returns a coordinator address as ZeroMQ wants it, tcp://HOST:PORT, or raises ConfigurationError."""
+def addresses(coordinator: str) -> list[str]:
+    """Each address of a coordinator, as ZeroMQ wants it: tcp://HOST:PORT, several with commas between.
+
+    Raises ConfigurationError.
+    """
+    return [_zmq_address(address.strip()) for address in coordinator.split(",")]
+
+
+def check_coordinator(coordinator: str) -> str:
+    """As `addresses`, in one string again."""
+    return ",".join(addresses(coordinator))
+
+
+def _zmq_address(address: str) -> str:
     if not address.startswith("tcp://"):
         raise ConfigurationError(f"coordinator address {address!r} must look like tcp://HOST:29400")
     host, port = check_endpoint("coordinator address", address.removeprefix("tcp://"))
@@ -72,14 +84,17 @@ def check_coordinator(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """Where a run is: what `elastic coordinator` prints and ELASTIC_JOIN holds."""
+    """Where a run is: what `elastic coordinator` prints and ELASTIC_JOIN holds.
+
+    coordinator: tcp://HOST:PORT; several with commas between, where another host may take the run over.
+    """
 
     coordinator: str
     run: str
 
     @classmethod
     def parse(cls, text: str) -> JoinToken:
-        """Reads elastic://HOST:PORT/RUN, or @FILE that holds it. Raises ConfigurationError."""
+        """Reads elastic://HOST:PORT/RUN (HOST:PORT,HOST:PORT/RUN), or @FILE that holds it. ConfigurationError else."""
         if text.startswith("@"):
             text = _read_token_file(text[1:])
         try:
@@ -88,10 +103,11 @@ class JoinToken:
             url = urlsplit("")
         if url.scheme != "elastic" or not url.path.strip("/"):
             raise ConfigurationError("a join token looks like elastic://HOST:PORT/RUN; this one does not")
-        return cls(check_coordinator(f"tcp://{url.netloc}"), check_name("run", url.path.strip("/")))
+        hosts = ",".join(f"tcp://{host}" for host in url.netloc.split(","))
+        return cls(check_coordinator(hosts), check_name("run", url.path.strip("/")))
 
     def __str__(self) -> str:
-        return f"elastic://{self.coordinator.removeprefix('tcp://')}/{self.run}"
+        return f"elastic://{self.coordinator.replace('tcp://', '')}/{self.run}"
 
 
 def _read_token_file(path: str) -> str:

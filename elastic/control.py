@@ -1,7 +1,8 @@
 """A peer's line to its coordinator: one DEALER socket, owned by one thread.
 
 The thread beats the heart, hands incoming messages to the peer, and survives whatever the coordinator does: ZeroMQ
-reconnects by itself, and everything that matters is asked for again until it is answered.
+reconnects by itself, and everything that matters is asked for again until it is answered. Where a run names several
+addresses for its coordinator, the next one is tried when nothing that counts comes from this one.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 
 import zmq
 
+from .config import addresses
 from .coordinator import identity
 from .messages import FROM_COORDINATOR, MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
 
 
 class Control:
-    """Connects to `address` as (name, incarnation).
+    """Connects to `address` (several: with commas between) as (name, incarnation).
 
-    on_message runs on the control thread and must not block; on_beat, called every `heartbeat` seconds, returns the
-    message to send or None. on_failure is called if the thread ends by an error of its own.
+    on_message runs on the control thread, must not block, and says whether the message counts: what an old generation
+    says is no sign of life. on_beat, called every `heartbeat` seconds, returns the message to send or None. on_failure
+    is called if the thread ends by an error of its own. patience: seconds before another address is tried.
     """
 
     def __init__(
@@ -33,7 +36,8 @@ class Control:
         incarnation: int,
         *,
         heartbeat: float,
-        on_message: Callable[[Any], None],
+        patience: float = 5.0,
+        on_message: Callable[[Any], bool],
         on_beat: Callable[[], Message | None],
         on_failure: Callable[[Exception], None],
     ) -> None:
@@ -42,8 +46,11 @@ class Control:
         self._on_failure = on_failure
         self._outbox: deque[bytes] = deque()
         self._stopping = False
+        self._addresses, self._own = deque(addresses(address)), identity(name, incarnation)
+        self._patience, self._connected_at = patience, self.heard_at
         self._context = zmq.Context()
-        self._socket = self._connect(address, identity(name, incarnation))
+        self._poller = zmq.Poller()
+        self._socket = self._connect()
         wake = f"inproc://wake-{id(self)}"
         self._waker, self._wakee = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
         self._wakee.bind(wake)
@@ -52,9 +59,9 @@ class Control:
         self._thread = threading.Thread(target=self._loop, name=f"elastic-control-{name}", daemon=True)
         self._thread.start()
 
-    def _connect(self, address: str, own: bytes) -> zmq.Socket[bytes]:
+    def _connect(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IDENTITY, own)
+        socket.setsockopt(zmq.IDENTITY, self._own)
         socket.setsockopt(zmq.LINGER, 500)
         socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -62,8 +69,20 @@ class Control:
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 15)
-        socket.connect(address)
+        socket.connect(self._addresses[0])
+        self._poller.register(socket, zmq.POLLIN)
         return socket
+
+    def _try_next_address(self) -> None:
+        """Nothing that counts comes from here: another host may have taken over."""
+        now = time.monotonic()
+        if len(self._addresses) < 2 or now - max(self.heard_at, self._connected_at) < self._patience:
+            return
+        self._connected_at = now
+        self._poller.unregister(self._socket)
+        self._socket.close(0)
+        self._addresses.rotate(-1)
+        self._socket = self._connect()
 
     def send(self, message: Message) -> None:
         """Queues a message, from any thread. Delivery is not certain: askers ask again."""
@@ -77,17 +96,16 @@ class Control:
             self._waker.send(b"", zmq.NOBLOCK)
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wakee, zmq.POLLIN)
+        self._poller.register(self._wakee, zmq.POLLIN)
         next_beat = 0.0
         try:
             while not self._stopping:
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + self._heartbeat
+                    self._try_next_address()
                     self._beat()
                 wait = max(0.0, next_beat - time.monotonic())
-                ready = dict(poller.poll(int(wait * 1000) + 1))
+                ready = dict(self._poller.poll(int(wait * 1000) + 1))
                 self._turn(ready)
         except Exception as error:
             self._on_failure(error)
@@ -130,8 +148,8 @@ class Control:
             message = decode(data, FROM_COORDINATOR)
         except MessageError:
             return
-        self.heard_at = time.monotonic()
-        self._on_message(message)
+        if self._on_message(message):
+            self.heard_at = time.monotonic()
 
     def close(self) -> None:
         """Sends what is queued, if it can, and ends the thread."""

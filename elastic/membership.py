@@ -1417,7 +1417,14 @@ class Membership:
         enough_tokens = 0 < self.targets["tokens"] <= self.tokens
         finished = enough_rounds or enough_tokens or bool(self.reached) or self._data_spent()
         behind = self._behind() if finished else 0
-        return RunProgress(rounds=done, tokens=int(self.tokens), finished=finished, behind=behind)
+        return RunProgress(
+            rounds=done,
+            tokens=int(self.tokens),
+            finished=finished,
+            behind=behind,
+            targets=dict(self.targets),
+            elapsed=self.elapsed,
+        )
 
     def _grow_older(self, seconds: float) -> None:
         """The time of a run counts while a coordinator serves it and there is something to train."""

@@ -286,12 +286,15 @@ class RunProgress:
     """How far the run is: committed outer rounds and tokens, and whether its target is reached.
 
     behind: once it is, how many members of a loop still need its newest version from those who hold it.
+    targets: rounds, tokens, seconds, loss at which it is; 0 means no such target. elapsed: seconds.
     """
 
     rounds: int = 0
     tokens: int = 0
     finished: bool = False
     behind: int = 0
+    targets: dict[str, float] = field(default_factory=dict)
+    elapsed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,9 @@ import math
 import os
 import queue
 import secrets
+import signal
 import socket
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -30,9 +32,20 @@ import torch
 from collectives import Group, GroupStatistics, LinkOptions, LinkStatistics
 from collectives.records import Member, OperationRecord, Progress, Start
 
-from .config import JoinToken, Timeouts, check_coordinator, check_endpoint, check_name, environment
+from .config import (
+    TARGETS,
+    JoinToken,
+    RunPolicy,
+    Timeouts,
+    addresses,
+    check_coordinator,
+    check_endpoint,
+    check_name,
+    environment,
+)
 from .control import Control
 from .errors import (
+    CheckpointMismatch,
     ConfigurationError,
     CoordinatorUnavailable,
     ElasticError,
@@ -65,15 +78,18 @@ from .messages import (
     PeerStatus,
     Pong,
     Propose,
+    Recompute,
     Refused,
     Represent,
     RoundFailed,
     RunProgress,
+    SetTarget,
     View,
     Welcome,
     Withdraw,
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
+from .runstate import RunState
 from .shards import Layout, ShardReader
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
@@ -205,12 +221,16 @@ class _Call:
 class Peer:
     """Joins the run `run` at `coordinator` (tcp://HOST:PORT) as `name`, and returns once admitted.
 
+    coordinator: several addresses, with commas between, are tried in turn when the one in use falls silent: another
+    host can take the run over (`elastic coordinator --recover`).
     token: elastic://HOST:PORT/RUN or @FILE instead of coordinator and run; so is ELASTIC_JOIN.
     listen, advertise: HOST:PORT of the data listener, and what others dial if that differs; listen="" only dials out.
     Several interfaces: with commas between.
     stripes: TCP connections per link, or "auto" (the default). options: everything else about links (LinkOptions); the
     peers of a run need the same chunk_bytes. events_dir: folder for this peer's event log.
     observe: called with a `Progress` for each chunk received (fault injection, progress bars); must not block.
+    sigterm_deadline: on SIGTERM, `drain` within so many seconds; 0, or a handler of the script's own, and nothing is
+    done about it.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
     (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
@@ -233,6 +253,7 @@ class Peer:
         events_dir: Path | str | None = None,
         observe: Callable[[Progress], None] | None = None,
         join_timeout: float = 30.0,
+        sigterm_deadline: float = 25.0,
     ) -> None:
         env = environment()
         where = _where(coordinator, run, token, env)
@@ -253,6 +274,12 @@ class Peer:
         self._sequence = 0
         self._finished: dict[str, int] = {}
         self.when_idle: list[Callable[[], None]] = []
+        self.when_leaving: list[tuple[threading.Thread, Callable[[], None]]] = []
+        self.recomputes: dict[str, Callable[[Recompute], None]] = {}
+        self.run_state: RunState | None = None
+        self._target: SetTarget | None = None
+        self._drain_until: float | None = None
+        self._sigterm: Any = None
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
         self._reader: ShardReader | None = None
@@ -269,11 +296,13 @@ class Peer:
             self.name,
             self.incarnation,
             heartbeat=self.timeouts.heartbeat,
+            patience=2 * self.timeouts.chunk,
             on_message=self._receive,
             on_beat=self._beat,
             on_failure=lambda error: self._fail(ElasticError(f"the control thread failed: {error!r}", peer=self.name)),
         )
         self._join(where.coordinator, join_timeout)
+        self._drain_on_sigterm(sigterm_deadline)
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -290,12 +319,16 @@ class Peer:
         return self.view
 
     def leave(self, *, drain: bool = True, timeout: float = 30.0) -> None:
-        """Leaves the run and closes. With drain, waits first until no operation of this peer is under way.
+        """Leaves the run and closes; its shards go to others at once. Calling it again does nothing.
 
-        Its shards go to others at once. Calling it again does nothing.
+        With drain, the round in flight is finished first, within `timeout` seconds: an outer loop of this thread makes
+        one last exchange and ends; one of another thread does so at its next step, since its data ends. Raises
+        NotEnoughPeers if that takes longer, having left all the same. The same name can come back later.
         """
         try:
             if drain and self._fatal is None:
+                self.drain(timeout)
+                self._end_own_loops()
                 self._wait(lambda: not self._inboxes, timeout, lambda: NotEnoughPeers(
                     f"operations still waiting after {timeout:.0f} s: {', '.join(self._inboxes)}", peer=self.name
                 ))  # fmt: skip
@@ -304,8 +337,82 @@ class Peer:
                 self.send(Leave(run=self.run))
             self.close()
 
+    def drain(self, timeout: float = 30.0) -> None:
+        """Asks the training loop to end: its data ends, and the outer loop makes one last exchange on its way out.
+
+        Returns at once. What has been learned by then is given to the others in a round that opens at once; if it is
+        not committed within `timeout` seconds, the peer leaves without, and its samples are read by others.
+        """
+        with self._changed:
+            if self._drain_until is None:
+                self._drain_until = time.monotonic() + timeout
+                self.events.emit("peer.draining", timeout=timeout)
+            self._changed.notify_all()
+
+    @property
+    def draining(self) -> bool:
+        return self._drain_until is not None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the training loop should end: the run has reached its target, or this peer drains."""
+        return self.progress.finished or self.draining
+
+    def patience(self, timeout: float | None) -> float:
+        """Seconds to wait for a round: `timeout`, by default `timeouts.round`; less while this peer drains."""
+        allowed = timeout or self.timeouts.round
+        left = math.inf if self._drain_until is None else self._drain_until - time.monotonic()
+        return max(0.1, min(allowed, left))
+
+    def run_until(self, *, rounds: int = 0, tokens: int = 0, seconds: float = 0.0, loss: float = 0.0) -> None:
+        """Sets the run's targets: it is over at this many outer rounds or tokens, this time, or this held-out loss.
+
+        0 leaves a target as it is; targets hold for all peers, and outlive the coordinator. Returns once the
+        coordinator has taken them; raises CoordinatorUnavailable if it does not answer, ConfigurationError for a value
+        below 0.
+        """
+        RunPolicy(rounds=rounds, tokens=tokens, seconds=seconds, loss=loss)
+        self._target = SetTarget(run=self.run, rounds=rounds, tokens=tokens, seconds=float(seconds), loss=float(loss))
+        self.send(self._target)
+        self._wait(lambda: self._target is None, self.timeouts.chunk * 10, lambda: CoordinatorUnavailable(
+            "the coordinator has not taken the run's targets", peer=self.name
+        ))  # fmt: skip
+
+    def _end_own_loops(self) -> None:
+        for thread, end in list(self.when_leaving):
+            if thread is threading.current_thread():
+                end()
+
+    def _drain_on_sigterm(self, deadline: float) -> None:
+        """Only the main thread may set a handler; one that is there already is left alone."""
+        main = threading.current_thread() is threading.main_thread()
+        if deadline > 0 and main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._sigterm = lambda *_: self._told_to_end(deadline)
+            signal.signal(signal.SIGTERM, self._sigterm)
+
+    def _told_to_end(self, deadline: float) -> None:
+        if self.draining:
+            return
+        self.drain(deadline)
+        timer = threading.Timer(deadline, self._end_now)
+        timer.daemon = True
+        timer.start()
+
+    def _end_now(self) -> None:
+        """The deadline of SIGTERM is over: the others are told, and the process ends."""
+        if self._fatal is None:
+            self.send(Leave(run=self.run, reason="ended by SIGTERM"))
+            self.close()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGTERM)
+
     def close(self) -> None:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
+        if self._sigterm and threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGTERM) is self._sigterm:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._sigterm = None
         self._fail(Evicted("this Peer is closed", peer=self.name))
         self._control.close()
         self.group.close()
@@ -334,12 +441,13 @@ class Peer:
         )
 
     def report(self, **status: Any) -> None:
-        """Sets fields of the status that rides on heartbeats: state, step, loss, tokens_per_second.
+        """Sets fields of the status that rides on heartbeats: state, step, loss, held_out_loss, tokens_per_second.
 
-        Numbers may be of any kind that float() takes, tensors of one element too. An unknown field, or a value of
-        another kind, is a ConfigurationError.
+        held_out_loss: of the outer parameters (`outer.evaluating()`); a run may have a target for it. Numbers may be of
+        any kind that float() takes, tensors of one element too. An unknown field, or a value of another kind, is a
+        ConfigurationError.
         """
-        kinds = {"state": str, "step": int, "loss": float, "tokens_per_second": float}
+        kinds = {"state": str, "step": int, "loss": float, "held_out_loss": float, "tokens_per_second": float}
         try:
             plain = {name: kinds[name](value) for name, value in status.items()}
         except (KeyError, TypeError, ValueError) as error:
@@ -745,7 +853,7 @@ class Peer:
             status=status,
         )
 
-    def _join_message(self) -> Join:
+    def _join_message(self, **memory: Any) -> Join:
         return Join(
             run=self.run,
             generation=self._generation,
@@ -753,13 +861,26 @@ class Peer:
             member=self.group.member,
             site=self.site,
             commits=tuple(self._notes.values()),
+            **memory,
         )
 
-    def _receive(self, message: Message) -> None:
+    def _memory(self) -> dict[str, Any]:
+        """What this peer knows of the run, for a coordinator that has lost its journal."""
+        with self._changed:
+            view = {member.name: member.incarnation for member in self._members.values()}
+        state = self.run_state.to_bytes() if self.run_state else b""
+        return {"view": view, "state": state, "holding": self._reader.holding if self._reader else ()}
+
+    def _receive(self, message: Message) -> bool:
+        """False for what an old generation of the coordinator says."""
         if isinstance(message, Refused) and self.life == 0:
             self._fail(refusal(message, self.name))  # a coordinator of another run names its own
         if message.run != self.run or message.generation < self._generation:
-            return
+            return False
+        self._act_on(message)
+        return True
+
+    def _act_on(self, message: Message) -> None:
         match message:
             case Welcome():
                 self._welcomed(message)
@@ -769,7 +890,9 @@ class Peer:
                 self._progressed(message.progress)
             case Represent():
                 self._generation = message.generation
-                self.send(self._join_message())
+                self.send(self._join_message(**self._memory() if message.recall else {}))
+            case Recompute():
+                self._recompute(message)
             case Expelled():
                 self._fail(
                     Evicted(f"peer {self.name} was expelled: {message.reason}", peer=self.name, epoch=self._epoch)
@@ -788,11 +911,12 @@ class Peer:
             self._epoch, self.life = message.epoch, message.life
             self._members = {member.name: member for member in message.members}
             self.progress = message.progress
+            again: list[Message] = [self._target] if self._target else []
             held, inboxes = list(self._held.values()), list(self._inboxes.values())
             self._changed.notify_all()
         self.group.connect(message.members)
-        for applied in held:
-            self.send(applied)
+        for message_again in (*held, *again):
+            self.send(message_again)
         for inbox in inboxes if known else ():
             inbox.put(Renewed())
 
@@ -814,6 +938,8 @@ class Peer:
     def _deliver(self, message: Any) -> None:
         tag = message.start.tag if isinstance(message, Begin) else None
         tag = message.abort.tag if isinstance(message, Cancel) else tag or message.tag
+        if isinstance(message, (Commit, Base)) and message.state:
+            self._learn(message.state)
         inbox = self._inboxes.get(tag)
         if inbox is not None:
             inbox.put(message)
@@ -824,9 +950,28 @@ class Peer:
         if isinstance(message, Commit):  # last: who sees that the run is finished finds the commit in its inbox
             self._progressed(message.progress)
 
+    def _learn(self, data: bytes) -> None:
+        """Keeps the newest run state: commits come again, and older ones later."""
+        try:
+            state = RunState.from_bytes(data)
+        except CheckpointMismatch:
+            return
+        known = self.run_state
+        if known is None or (state.generation, state.serial) >= (known.generation, known.serial):
+            self.run_state = state
+
+    def _recompute(self, message: Recompute) -> None:
+        """An outer step takes too long for this thread: the heart must go on beating."""
+        answer = self.recomputes.get(message.tag)
+        if answer is not None:
+            threading.Thread(target=answer, args=(message,), name="elastic-recompute", daemon=True).start()
+
     def _progressed(self, progress: RunProgress) -> None:
         with self._changed:
             self.progress = progress
+            target = self._target
+            if target and all(progress.targets.get(n) == v for n in TARGETS if (v := getattr(target, n))):
+                self._target = None
             self._changed.notify_all()
 
     def _fail(self, error: ElasticError) -> None:
@@ -896,7 +1041,7 @@ def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence
         "supervisor",
         own,
         heartbeat=1.0,
-        on_message=lambda _: None,
+        on_message=lambda _: True,
         on_beat=lambda: None,
         on_failure=lambda _: None,
     )
@@ -946,7 +1091,8 @@ def _own_name() -> str:
 
 def _check_reachable(coordinator: str, advertised: str) -> None:
     """Peers of other machines cannot dial a loopback address; who joins from afar must say what they can dial."""
-    far = not _is_loopback(check_endpoint("coordinator", coordinator.removeprefix("tcp://"))[0])
+    hosts = [check_endpoint("coordinator", each.removeprefix("tcp://"))[0] for each in addresses(coordinator)]
+    far = not all(map(_is_loopback, hosts))
     if far and advertised and _is_loopback(check_endpoint("listen", advertised)[0]):
         raise ConfigurationError(
             f"the coordinator is at {coordinator}, but other peers could not dial {advertised}: "

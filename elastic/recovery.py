@@ -45,15 +45,17 @@ class Recovery:
         if message.run != self.run:
             reason = f"this coordinator serves run {self.run!r}"
             return [Send(name, message.incarnation, Refused(run=self.run, error="ConfigurationError", reason=reason))]
-        if isinstance(message, Join) and message.state:
+        if isinstance(message, Join) and message.view:
             return self._remember(name, message)
         if not message.generation:
             return []
         return [Send(name, message.incarnation, Represent(run=self.run, generation=message.generation, recall=True))]
 
     def _remember(self, name: str, message: Join) -> list[Effect]:
+        """No state: the peer has not entered any outer loop."""
+        nothing = RunState(run=self.run, generation=0, epoch=message.epoch, serial=0, tokens=0.0, elapsed=0.0, loops=())
         try:
-            state = RunState.from_bytes(message.state)
+            state = RunState.from_bytes(message.state) if message.state else nothing
         except CheckpointMismatch:
             return []
         if state.run == self.run:

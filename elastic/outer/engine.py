@@ -8,6 +8,7 @@ local parameters become. Everything that goes wrong surfaces in the training scr
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ import torch
 
 from collectives import FetchError
 
-from ..errors import CheckpointMismatch, ConfigurationError, ElasticError, NoSource, RoundAborted, TransferInterrupted
+from ..errors import (
+    CheckpointMismatch,
+    ConfigurationError,
+    CoordinatorUnavailable,
+    ElasticError,
+    NoSource,
+    NotEnoughPeers,
+    RoundAborted,
+    TransferInterrupted,
+)
 from ..messages import (
     Applied,
     Base,
@@ -31,6 +41,8 @@ from ..messages import (
     Open,
     OperationSpec,
     Propose,
+    Recompute,
+    Recomputed,
     Refused,
 )
 from ..operations import Inbox, Outcome, refusal
@@ -115,6 +127,7 @@ class OuterLoop:
         self.steps = 0
         self.last_commit: Commit | None = None
         self._version: Version | None = None
+        self._stepped_from: tuple[Version, torch.Tensor] | None = None
         self._published: deque[str] = deque()
         self._results: deque[str] = deque()
         self._since_applied = 0
@@ -148,7 +161,11 @@ class OuterLoop:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its target."""
+        """Whether the training loop should end: the run has reached its target, or this peer drains."""
+        return self.peer.stopping
+
+    @property
+    def _over(self) -> bool:
         return self.peer.progress.finished
 
     def __enter__(self) -> Self:
@@ -159,6 +176,9 @@ class OuterLoop:
             self.layout.write(self.version.parameters)
             self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
             self.peer.when_idle.append(self._idle)
+            self._ending = (threading.current_thread(), self.finish)
+            self.peer.when_leaving.append(self._ending)
+            self.peer.recomputes[self.tag] = self._recompute
         except BaseException:
             self._leave()
             raise
@@ -167,23 +187,42 @@ class OuterLoop:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Makes one last full exchange and loads the outer parameters into the model; after an error, only leaves.
+        """Ends the loop with `finish`; after an error, only leaves."""
+        if self._inbox is None:
+            return
+        if kind is None:
+            self.finish()
+        else:
+            self._leave()
 
-        Once the run is finished, those who hold its last version stay until the stragglers have it, too.
+    def finish(self) -> None:
+        """Makes one last full exchange and loads the outer parameters into the model. The context ends here.
+
+        Once the run is finished, those who hold its last version stay until the stragglers have it, too. A peer that
+        drains gives what it has learned if that is committed in time, and goes without if not.
         """
         try:
-            if kind is None:
-                self.flush()
-                self.layout.write(self.version.parameters)
-                self.peer.see_off(SEE_OFF_SECONDS)
+            self._give_all()
+            self.layout.write(self.version.parameters)
+            self.peer.see_off(SEE_OFF_SECONDS)
         finally:
             self._leave()
+
+    def _give_all(self) -> None:
+        try:
+            self.flush()
+        except (NotEnoughPeers, CoordinatorUnavailable) as error:
+            if not self.peer.draining:
+                raise
+            self.peer.events.emit("peer.drained", given=False, reason=str(error))
 
     def _leave(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
             self.peer.when_idle.remove(self._idle)
+            self.peer.when_leaving.remove(self._ending)
+            del self.peer.recomputes[self.tag]
         self.peer.send(Exit(run=self.peer.run, tag=self.tag))
         self._context.__exit__()
         self._inbox = None
@@ -205,7 +244,7 @@ class OuterLoop:
     def _idle(self) -> None:
         """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
         self.flush()
-        if not (self._receiving or self._weight or self.finished):
+        if not (self._receiving or self._weight or self._over):
             self._receiving = True
             self.peer.report(state="receiving")
             self._announce()
@@ -228,7 +267,7 @@ class OuterLoop:
                 self._catch_up(message)
             case Begin():  # of a proposal that this peer has given up
                 self.peer.decline(message.start)
-            case Base() if message.version > self.version.number:
+            case Base() if (message.version, message.state_hash) != (self.version.number, self.version.state_hash):
                 self._start_over(message)
             case Refused():
                 raise refusal(message, self.peer.name)
@@ -243,7 +282,7 @@ class OuterLoop:
     def flush(self) -> None:
         """Exchanges now what has been learned since the last round; returns at once if that is nothing."""
         self._take_messages()
-        if self._weight > 0 and not self.finished:
+        if self._weight > 0 and not self._over:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -259,12 +298,13 @@ class OuterLoop:
             cursors=self.peer.cursors,
             base_version=self.version.number,
             base_hash=self.version.state_hash,
+            leaving=self.peer.draining,
         )
         operation = self.peer.operation(proposal, lambda _: (source, result), self._inbox)
         try:
-            outcome = operation.run(self.timeout or self.peer.timeouts.round)
+            outcome = operation.run(self.peer.patience(self.timeout))
         except RoundAborted:
-            if not self.finished:
+            if not self._over:
                 self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
         except BaseException:
             if operation.done_digest:
@@ -298,7 +338,7 @@ class OuterLoop:
             return
         if commit.skipped:
             self._note(commit)
-        elif commit.version == self.version.number + 1:
+        elif commit.version == self.version.number + 1 and commit.base_hash in ("", self.version.state_hash):
             self._follow(commit)
         elif commit.version > self.version.number:
             self._fetch_and_start_over()
@@ -324,7 +364,9 @@ class OuterLoop:
 
     def _advance(self, commit: Commit, mean: torch.Tensor) -> None:
         self._doubts.clear()
-        self._adopt(self.advance(self.version, mean))
+        before = self.version
+        self._stepped_from = (before, mean)
+        self._adopt(self.advance(before, mean))
         self._keep_result(commit, mean)
         self._note(commit)
 
@@ -367,8 +409,25 @@ class OuterLoop:
             version=self.version.number,
             state_hash=self.version.state_hash,
             receiving=self._receiving,
+            computed=self._stepped_from is not None,
         )
         self.peer.hold(applied)
+
+    def _recompute(self, message: Recompute) -> None:
+        """Rule 9: the outer step again, from the version before and the committed mean. On a thread of its own."""
+        version, step = self._version, self._stepped_from
+        again = ""
+        if step is not None and version is not None and version.number == message.version == step[0].number + 1:
+            again = self.advance(*step).state_hash
+        self.peer.send(
+            Recomputed(
+                run=self.peer.run,
+                tag=self.tag,
+                fragment=message.fragment,
+                version=message.version,
+                state_hash=again,
+            )
+        )
 
     def _keep_result(self, commit: Commit, mean: torch.Tensor) -> None:
         key = self._key("result", commit.version)
@@ -424,6 +483,7 @@ class OuterLoop:
         """Takes the state that `base` names; False if its sources went away."""
         for version in (own, self._version):
             if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
+                self._stepped_from = None
                 self._adopt(version)
                 return True
         sources = [member for member in base.sources if member.name != self.peer.name]
@@ -449,6 +509,7 @@ class OuterLoop:
             raise CheckpointMismatch(
                 f"fetched {len(data)} bytes of state for a model of {self.layout.elements} numbers"
             )
+        self._stepped_from = None
         self._adopt(Version.from_bytes(base.version, data))
         self.peer.events.emit(
             "state.fetched",
