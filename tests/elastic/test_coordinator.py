@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import zmq
 from harness import Run, until
 
+from elastic.config import RunPolicy
 from elastic.coordinator import Coordinator, identity
-from elastic.errors import ConfigurationError
+from elastic.errors import ConfigurationError, CoordinatorUnavailable
 from elastic.events import EventReader
 from elastic.messages import Applied, Enter, Exit, Join, Message, OperationSpec, encode
+from elastic.outer.diloco import DiLoCo
+from elastic.peer import Peer
 
 
 def send(run: Run, sender: bytes, *parts: bytes) -> None:
@@ -76,3 +81,98 @@ def test_a_port_in_use_and_an_address_that_is_none_are_named(run: Run) -> None:
         Coordinator(f"tcp://127.0.0.1:{run.port}", run="other")
     with pytest.raises(ConfigurationError, match="must look like tcp://HOST:29400"):
         Coordinator("localhost", run="other")
+
+
+# --- journal and host are lost ----------------------------------------------------------------------------------------
+
+
+def elsewhere(run: Run, port: int) -> Coordinator:
+    return Coordinator(
+        f"tcp://127.0.0.1:{port}",
+        run="test",
+        policy=run.policy,
+        timeouts=run.timeouts,
+        journal=run.folder / f"journal-{port}.sqlite",
+        events=run.folder / "second.jsonl",
+        recover=True,
+    )
+
+
+def spare_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def test_a_run_is_rebuilt_on_another_host_from_what_a_majority_of_its_peers_knows(run: Run) -> None:
+    """Its committed rounds, data positions and held leases are the same; the old host must not be heard any more."""
+    other = spare_port()
+    run.policy = RunPolicy(min_peers=3, quorum=1.0, rounds=9)
+    first = run.open()
+    token = f"tcp://127.0.0.1:{run.port},tcp://127.0.0.1:{other}"
+    peers = [Peer(token, run="test", name=f"p{i}", timeouts=run.timeouts, events_dir=run.folder) for i in range(3)]
+    run.peers.extend(peers)
+    dataset = torch.arange(4000.0)
+    trained: list[list[int]] = [[], [], []]
+    moved = threading.Event()
+
+    def train(peer: Peer) -> tuple[str, int]:
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        inner = torch.optim.SGD(model.parameters(), lr=1e-9)
+        index = int(peer.name[1])
+        peer.wait_for(3)
+        with DiLoCo(model, inner, peer, sync_every=4) as loop:
+            for batch in peer.shards(dataset, batch_size=5, shard_size=20):
+                model(batch[:, None]).sum().backward()
+                inner.step()
+                inner.zero_grad()
+                trained[index].extend(batch.int().tolist())
+                if peer.progress.rounds >= 3 and not moved.is_set() and index == 0:
+                    first.close()
+                    moved.set()
+        return loop.version.state_hash, loop.version.number
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(train, peer) for peer in peers]
+        assert moved.wait(60)
+        run.coordinator = second = elsewhere(run, other)
+        until(lambda: second.recovering is None)
+        results = [end.result(60) for end in ends]
+    assert results[0] == results[1] == results[2] and results[0][1] == 9
+    report = second.status()
+    assert report.generation > 1 << 20
+    samples = [sample for each in trained for sample in each]
+    assert len(samples) == len(set(samples)), "a sample was read twice"
+    assert report.samples == report.progress.tokens == 9 * 3 * 4 * 5, "a round was lost, or counted twice"
+
+
+def test_a_minority_is_asked_about_and_not_taken_for_the_run(run: Run) -> None:
+    other = spare_port()
+    first = run.open()
+    token = f"tcp://127.0.0.1:{run.port},tcp://127.0.0.1:{other}"
+    peers = [Peer(token, run="test", name=f"p{i}", timeouts=run.timeouts) for i in range(3)]
+    run.peers.extend(peers)
+    for peer in peers:
+        peer.wait_for(3)
+    first.close()
+    for peer in peers[1:]:
+        peer.close()
+    run.coordinator = second = elsewhere(run, other)
+    until(lambda: second.recovering == (("p0",), ("p0", "p1", "p2")))
+    with pytest.raises(CoordinatorUnavailable):
+        run.join("p9", join_timeout=1.0)
+    assert second.recovering is not None, "a newcomer does not make a majority"
+    second.accept_minority()
+    until(lambda: [member.name for member in second.status().members] == ["p0"])
+    assert torch.equal(peers[0].all_reduce(torch.ones(1)).tensor, torch.ones(1))
+
+
+def test_a_journal_that_holds_a_run_is_not_written_over_by_a_recovery(run: Run) -> None:
+    run.join("p0")
+    assert run.coordinator is not None
+    run.coordinator.close()
+    before = (run.folder / "journal.sqlite").read_bytes()
+    with pytest.raises(ConfigurationError, match="the journal holds a run already"):
+        Coordinator("tcp://127.0.0.1:0", run="test", journal=run.folder / "journal.sqlite", recover=True)
+    assert (run.folder / "journal.sqlite").read_bytes() == before

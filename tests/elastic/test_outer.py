@@ -382,6 +382,80 @@ def test_who_missed_the_last_round_still_gets_it(run: Run) -> None:
 # --- parity and bad input ---------------------------------------------------------------------------------------------
 
 
+class Wrong:
+    """An outer optimizer on a machine that computes wrongly: once, in the step that makes `version`, or always."""
+
+    def __init__(self, version: int, *, always: bool = False) -> None:
+        self.inner, self.version, self.always, self.calls, self.wrong = Nesterov(), version, always, 0, 0
+        self.description = self.inner.description
+
+    def step(self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor) -> Any:
+        self.calls += 1
+        parameters, momentum = self.inner.step(parameters, momentum, delta)
+        if self.calls == self.version or (self.always and self.calls > self.version):
+            self.wrong += 1
+            parameters[3] = torch.nextafter(parameters[3], torch.tensor(float("inf")))
+        return parameters, momentum
+
+
+def train_wrongly(run: Run, n: int, wrong: dict[str, Wrong]) -> list[tuple[str, int, torch.Tensor, int]]:
+    """All train; each gives the hash and number of its last version, its parameters and its steps."""
+
+    def train(peer: Peer) -> tuple[str, int, torch.Tensor, int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        outer: Any = wrong.get(peer.name) or Nesterov()
+        with DiLoCo(model, inner, peer, sync_every=3, outer=outer) as loop:
+            while not loop.finished:
+                steps(model, inner, 1)
+        return loop.version.state_hash, loop.version.number, loop.version.parameters, loop.steps
+
+    return run.together(train, run.several(n))
+
+
+def parity_events(run: Run) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in (run.folder / "coordinator.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"].startswith("parity.")]
+
+
+@pytest.mark.parametrize("n", [3, 2])
+def test_a_peer_that_drifts_is_named_repaired_and_trains_on(run: Run, n: int) -> None:
+    """Of three, the majority decides; of two, who cannot compute its claim again is wrong."""
+    run.policy = RunPolicy(min_peers=n, quorum=1.0, rounds=6)
+    wrong = Wrong(3)
+    ends = train_wrongly(run, n, {"p1": wrong})
+    assert wrong.wrong == 1, "the fault did not fire"
+    assert len({(state_hash, number) for state_hash, number, _, _ in ends}) == 1 and ends[0][1] == 6
+    (mismatch,) = parity_events(run)
+    assert (mismatch["peer"], mismatch["version"]) == ("p1", 3) and mismatch["held"] != mismatch["agreed"]
+    fetched = [json.loads(line) for line in (run.folder / "p1.jsonl").read_text().splitlines()]
+    assert [event["version"] for event in fetched if event["event"] == "state.fetched"][-1] == 3
+    assert run.coordinator is not None
+    assert {m.name: m.repaired for m in run.coordinator.status().members}.get("p1", 1) == 1
+
+
+def test_without_a_decision_the_run_stops_rather_than_train_on(run: Run) -> None:
+    run.policy = RunPolicy(min_peers=2, quorum=1.0, rounds=6)
+    wrong = Wrong(3, always=True)
+    errors: list[ParityError] = []
+
+    def train(peer: Peer) -> int:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        outer: Any = wrong if peer.name == "p1" else Nesterov()
+        with pytest.raises(ParityError, match="no majority and no proof for version 3") as caught:
+            with DiLoCo(model, inner, peer, sync_every=3, outer=outer) as loop:
+                while not loop.finished:
+                    steps(model, inner, 1)
+        errors.append(caught.value)
+        return loop.version.number
+
+    assert run.together(train, run.several(2)) == [3, 3] and wrong.wrong >= 2
+    (undecided,) = parity_events(run)
+    assert undecided["held"].keys() == {"p0", "p1"} and all(h in str(errors[0]) for h in undecided["held"].values())
+    assert run.coordinator is not None and run.coordinator.status().progress.rounds == 3
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
