@@ -690,7 +690,7 @@ class Peer:
             )
         self._tokens_per_sample = int(getattr(dataset, "tokens_per_sample", 1))
         reader = self._open_reader(Layout(samples, shard_size, seed), epochs)
-        while not self.progress.finished:
+        while not self.stopping:
             # what a departed peer has given back is found by asking again before the end
             spent = reader.left() < batch_size and self._lease(reader)
             indices = reader.batch(batch_size)
