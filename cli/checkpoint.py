@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from elastic.errors import CheckpointMismatch, ConfigurationError
 
 from . import exits
-from .report import human_bytes
+from .report import replace_with
+from .view import human_bytes
 
 if TYPE_CHECKING:
     from elastic.entries import Entry, Outer
-    from elastic.manifest import Manifest
 
+T = TypeVar("T")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 COLUMNS = ("checkpoint", "of", "written", "by", "bytes", "peers", "state")
 
@@ -43,10 +42,7 @@ def list_(url: str, as_json: bool) -> None:
     """List the checkpoints at URL, newest first. Data are not read: see `verify`."""
     with told():
         rows = [row(entry) for entry in found(url)]
-    if as_json:
-        say_json(rows)
-    else:
-        say_table([*COLUMNS], [words(row) for row in rows])
+    show(rows, as_json, table([COLUMNS, *map(cells, rows)]))
 
 
 @command.command(epilog="Example: elastic checkpoint inspect /data/checkpoints/c4-1b --json")
@@ -55,12 +51,8 @@ def list_(url: str, as_json: bool) -> None:
 def inspect(url: str, as_json: bool) -> None:
     """Print what the manifest of a checkpoint says; of the newest complete one, if there are several."""
     with told():
-        entry, manifest = newest(url, lambda entry: entry.manifest())
-        facts = inside(entry, manifest)
-    if as_json:
-        say_json(facts)
-    else:
-        say_facts(facts)
+        facts = newest(url, inside)
+    show(facts, as_json, fact_lines(facts))
 
 
 @command.command(epilog="Example: elastic checkpoint verify /data/checkpoints --all")
@@ -74,12 +66,9 @@ def verify(url: str, every: bool, as_json: bool) -> None:
     """
     with told():
         results = [verified(entry) for entry in (found(url) if every else firsts(found(url)))]
-    if as_json:
-        say_json(results)
-    else:
-        for line in (line for result in results for line in verdict(result)):
-            say(line)
-    if not any(result["state"] == "good" for result in results) or any(r["state"] == "bad" for r in results):
+    show(results, as_json, (line for result in results for line in verdict(result)))
+    states = {result["state"] for result in results}
+    if "bad" in states or "good" not in states:
         sys.exit(exits.DATA)
 
 
@@ -93,16 +82,11 @@ def export(url: str, out: Path) -> None:
     model.load_state_dict(safetensors.torch.load_file(OUT), strict=False); buffers are not in it.
     """
     with told():
-        _, outer = newest(url, lambda entry: entry.outer())
-    try:
-        write_model(outer, out)
-    except FileExistsError:
-        refuse(exits.OUTPUT, f"{out} exists; choose another name")
-    except OSError as error:
-        refuse(exits.OUTPUT, f"cannot write {out}: {error.strerror or error}")
-    parameters = outer.parameters()
-    numbers = sum(tensor.numel() for tensor in parameters.values())
-    say(f"{out}: {len(parameters)} tensors, {numbers:,} numbers, from {outer.entry.folder}")
+        if out.exists():
+            raise Refused(exits.OUTPUT, f"{out} exists; choose another name")
+        outer = newest(url, lambda entry: entry.outer())
+        tensors = write_model(outer, out)
+    click.echo(f"{out}: {len(tensors)} tensors of {outer.entry.folder}")
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
@@ -113,9 +97,189 @@ def found(url: str) -> list[Entry]:
 
     entries = find(url)
     if not entries:
-        refuse(exits.DATA, f"no checkpoints at {url}")
+        raise Refused(exits.DATA, f"there are no checkpoints at {url}")
     return entries
 
 
-def newest[T](url: str, read: Callable[[Entry], T]) -> tuple[Entry, T]:
-    raise NotImplementedError
+def newest(url: str, read: Callable[[Entry], T]) -> T:
+    """What `read` makes of the newest checkpoint that it takes; says which ones it does not."""
+    entries = found(url)
+    loops = sorted({str(entry.folder.parent) for entry in entries})
+    if len(loops) > 1:
+        raise Refused(exits.USAGE, f"{url} holds several outer loops; name one of {', '.join(loops)}")
+    for entry in entries:
+        try:
+            return read(entry)
+        except CheckpointMismatch as error:
+            if len(entries) == 1:
+                raise
+            complain(str(error))
+    raise Refused(exits.DATA, f"no checkpoint at {url} is good")
+
+
+def firsts(entries: Sequence[Entry]) -> list[Entry]:
+    """The newest of each outer loop that was finished, and the unfinished ones before it."""
+    chosen, done = [], set()
+    for entry in entries:
+        loop = str(entry.folder.parent)
+        if loop not in done:
+            chosen.append(entry)
+            if entry.finished:
+                done.add(loop)
+    return chosen
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    """What `list` knows. state: complete, unfinished, or what is wrong."""
+    folder = entry.folder
+    facts: dict[str, Any] = {"checkpoint": str(folder), "run": folder.parent.parent.name, "tag": folder.parent.name}
+    facts |= {"version": entry.number, "state_hash": None, "time_unix": None, "writer": None, "bytes": None}
+    try:
+        manifest = entry.manifest()
+    except CheckpointMismatch as error:
+        state = str(error).removeprefix(f"{folder}/") if entry.finished else "unfinished"
+        return {**facts, "peers": entry.peers(), "state": state}
+    known: dict[str, Any] = {"run": manifest.run, "tag": manifest.tag, "state_hash": manifest.identity[1]}
+    known |= {"time_unix": manifest.time_unix, "writer": manifest.writer, "bytes": manifest.outer.bytes}
+    return {**facts, **known, "peers": entry.peers(), "state": "complete"}
+
+
+def inside(entry: Entry) -> dict[str, Any]:
+    manifest = entry.manifest()
+    version, state_hash = manifest.identity
+    named = [shape for fragment in manifest.fragments for shape in fragment.parameters]
+    return {
+        "checkpoint": str(entry.folder),
+        "run": manifest.run,
+        "tag": manifest.tag,
+        "version": version,
+        "state_hash": state_hash,
+        "time_unix": manifest.time_unix,
+        "writer": manifest.writer,
+        "library": manifest.library,
+        "algorithm": manifest.algorithm,
+        "fingerprint": manifest.fingerprint,
+        "fragments": [{"version": f.version, "state_hash": f.state_hash} for f in manifest.fragments],
+        "parameters": {name: list(shape) for name, shape in named},
+        "files": {manifest.outer.name: manifest.outer.bytes},
+        "peers": entry.peers(),
+        "run_state_bytes": len(manifest.run_state),
+        "summary": manifest.summary,
+    }
+
+
+def verified(entry: Entry) -> dict[str, Any]:
+    """state: good, bad or unfinished. problems: what is wrong with which file."""
+    facts = {"checkpoint": str(entry.folder), "version": entry.number}
+    if not entry.finished:
+        return {**facts, "state": "unfinished", "problems": []}
+    problems = [{"file": problem.file, "reason": problem.reason} for problem in entry.problems()]
+    return {**facts, "state": "bad" if problems else "good", "problems": problems}
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [
+        Path(row["checkpoint"]).name,
+        f"{row['run']}/{row['tag']}",
+        "-" if row["time_unix"] is None else date(row["time_unix"]),
+        row["writer"] or "-",
+        "-" if row["bytes"] is None else human_bytes(row["bytes"]),
+        ",".join(row["peers"]) or "-",
+        row["state"],
+    ]
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def fact_lines(facts: dict[str, Any]) -> Iterator[str]:
+    parameters = facts["parameters"]
+    shown = {**facts, "written": date(facts["time_unix"]), "parameters": len(parameters)}
+    del shown["time_unix"]
+    for name, value in shown.items():
+        yield f"{name:16} {value if isinstance(value, str | int) else json.dumps(value)}"
+    for name, shape in parameters.items():
+        yield f"  {name} {shape}"
+
+
+def verdict(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{result['state']:10} {result['checkpoint']}"
+    for problem in result["problems"]:
+        yield f"{'':10} {problem['file']}: {problem['reason']}"
+
+
+def date(time_unix: float) -> str:
+    try:
+        return datetime.fromtimestamp(time_unix, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return str(time_unix)
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def write_model(outer: Outer, out: Path) -> dict[str, Any]:
+    """Writes a safetensors file at once; returns its tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    manifest, tensors = outer.manifest, outer.parameters()
+    version, state_hash = manifest.identity
+    about = {"run": manifest.run, "tag": manifest.tag, "version": str(version), "state_hash": state_hash}
+    about |= {"algorithm": manifest.algorithm, "format": "pt"}
+    try:
+        replace_with(out, lambda scratch: save_file(tensors, scratch, metadata=about))
+    except (OSError, SafetensorError) as error:
+        raise Refused(exits.OUTPUT, f"cannot write {out}: {error}") from None
+    return tensors
+
+
+def show(facts: Any, as_json: bool, lines: Iterable[str]) -> None:
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for line in lines:  # names come from files that anybody may have written
+        click.echo("".join(c if c.isprintable() else "?" for c in line))
+
+
+def complain(message: str) -> None:
+    click.echo(f"elastic checkpoint: {message}", err=True)
+
+
+class Refused(Exception):
+    """Ends the command with one line and an exit code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What goes wrong, in one line and an exit code."""
+    try:
+        yield
+    except Refused as error:
+        refuse(error.code, error)
+    except ConfigurationError as error:
+        refuse(exits.USAGE, error)
+    except CheckpointMismatch as error:
+        refuse(exits.DATA, error)
+    except (ConnectionError, TimeoutError) as error:
+        refuse(exits.NETWORK, error)
+    except OSError as error:
+        refuse(exits.DATA, error)
+
+
+def refuse(code: int, error: Exception) -> None:
+    complain(str(error))
+    sys.exit(code)
