@@ -18,6 +18,7 @@ import fault as _below
 if TYPE_CHECKING:
     from collectives import LinkOptions
 
+    from .checkpoints import Checkpoints
     from .config import JoinToken, RunPolicy, Timeouts
     from .coordinator import Coordinator
     from .errors import (
@@ -50,6 +51,7 @@ if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).p
 
 _HOMES = {
     **dict.fromkeys(("JoinToken", "RunPolicy", "Timeouts"), "config"),
+    "Checkpoints": "checkpoints",
     "Coordinator": "coordinator",
     **dict.fromkeys(
         (
@@ -82,6 +84,7 @@ _HOMES = {
 __all__ = [
     "AuthenticationFailed",
     "CheckpointMismatch",
+    "Checkpoints",
     "CollectiveError",
     "ConfigurationError",
     "Coordinator",

@@ -104,6 +104,7 @@ def test_dependencies_are_those_that_the_project_promises() -> None:
         "rich",
         "xxhash",
         "safetensors",
+        "fsspec",
     }
     assert names == promised
     assert project["scripts"] == {"elastic": "cli.main:main"}
