@@ -69,7 +69,7 @@ class Folder:
             self.files.invalidate_cache(self.path)  # of listings: others write here, too
             try:
                 entries = self.files.ls(self.path, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return {}
         found = {entry["name"].rstrip("/").rpartition("/")[2]: entry["type"] == "directory" for entry in entries}
         found.pop("", None)  # some stores list the folder's own marker

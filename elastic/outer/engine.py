@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +21,8 @@ import torch
 
 from collectives import FetchError
 
+from ..checkpoints import Checkpoints
+from ..entries import Outer
 from ..errors import (
     CheckpointMismatch,
     ConfigurationError,
@@ -48,6 +50,7 @@ from ..messages import (
 from ..operations import Inbox, Outcome, refusal
 from ..tensors import check_finite, check_wire, gathered_in
 from .optimizers import OuterOptimizer
+from .saving import Saver
 from .state import Layout, Version
 
 if TYPE_CHECKING:
@@ -78,9 +81,12 @@ class OuterLoop:
     local. sync_every: inner steps between exchanges (H). outer: the outer optimizer. wire: how numbers travel.
     max_staleness: a peer that missed more rounds than this starts again from the outer parameters, and its samples are
     read again. keep_results: results of how many rounds are kept for peers that were left out of them.
-    timeout: seconds to wait for a round; by default the peer's `timeouts.round`.
+    timeout: seconds to wait for a round, with too few peers too; by default the peer's `timeouts.round`.
+    checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
+    living peer has them; a URL, or `Checkpoints`.
 
-    On entering, the peer fetches the run's outer state into the model, or founds the run with its own. When a round
+    On entering, the peer fetches the run's outer state into the model, offers its newest checkpoint if nobody has one
+    that is newer, or founds the run with its own. When a round
     goes on without this peer it applies the result itself and keeps what it has learned for the next; a round that
     fails leaves everything as it was. Memory: outer parameters and momentum, twice (two versions are kept for
     joiners), the pseudo-gradient, and `keep_results` results, all float32.
@@ -103,6 +109,7 @@ class OuterLoop:
         keep_results: int = 2,
         timeout: float | None = None,
         tag: str = "outer",
+        checkpoints: Checkpoints | str | None = None,
     ) -> None:
         for name, value in (
             ("sync_every", sync_every),
@@ -124,6 +131,8 @@ class OuterLoop:
             algorithm=f"{self.algorithm}({outer.description})",
             fingerprint=self.layout.fingerprint,
         )
+        where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
+        self.saver = Saver(where, peer, tag, self.spec, self.layout, inner) if where else None
         self.steps = 0
         self.last_commit: Commit | None = None
         self._version: Version | None = None
@@ -172,7 +181,7 @@ class OuterLoop:
         self._context = self.peer.inbox(self.tag)
         self._inbox = self._context.__enter__()
         try:
-            self._fetch_base()
+            self._fetch_base(self.saver.newest() if self.saver else None)
             self.layout.write(self.version.parameters)
             self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
             self.peer.when_idle.append(self._idle)
@@ -204,6 +213,8 @@ class OuterLoop:
         try:
             self._give_all()
             self.layout.write(self.version.parameters)
+            if self.saver:
+                self.saver.save_last(self._own_part())
             self.peer.see_off(SEE_OFF_SECONDS)
         finally:
             self._leave()
@@ -223,6 +234,8 @@ class OuterLoop:
             self.peer.when_idle.remove(self._idle)
             self.peer.when_leaving.remove(self._ending)
             del self.peer.recomputes[self.tag]
+        if self.saver:
+            self.saver.close()
         self.peer.send(Exit(run=self.peer.run, tag=self.tag))
         self._context.__exit__()
         self._inbox = None
@@ -306,9 +319,11 @@ class OuterLoop:
         except RoundAborted:
             if not self._over:
                 self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
-        except BaseException:
+        except BaseException as error:
             if operation.done_digest:
                 self._doubts.append(Doubt(operation.done_digest, proposal, source, result))
+            if self.saver and isinstance(error, NotEnoughPeers):
+                self.saver.save_last(self._own_part())
             raise
         else:
             self._conclude(outcome, proposal, result)
@@ -369,6 +384,12 @@ class OuterLoop:
         self._adopt(self.advance(before, mean))
         self._keep_result(commit, mean)
         self._note(commit)
+        if self.saver:
+            self.saver.committed(self.version, commit, self._own_part())
+
+    def _own_part(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this peer's place, beside its inner optimizer."""
+        return {"steps": self.steps}
 
     def _reset(self) -> None:
         self.layout.write(self.version.parameters)
@@ -454,7 +475,12 @@ class OuterLoop:
         return None
 
     def _fetch_and_start_over(self) -> None:
-        self._fetch_base()
+        try:
+            self._fetch_base()
+        except NoSource:
+            if self.saver is None or (saved := self.saver.newest()) is None:
+                raise
+            self._fetch_base(saved)
         self._reset()
 
     def _start_over(self, base: Base) -> None:
@@ -464,24 +490,35 @@ class OuterLoop:
         else:
             self._fetch_and_start_over()
 
-    def _fetch_base(self) -> None:
-        """Gets the run's outer state from its holders, or founds it. Raises NoSource, TransferInterrupted."""
+    def _fetch_base(self, saved: Outer | None = None) -> None:
+        """Gets the run's outer state from its holders or a checkpoint, or founds it.
+
+        Raises NoSource, TransferInterrupted.
+        """
         own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
+        offered = saved.versions[0] if saved else None
         for _ in range(ENTER_TRIES):
-            if self._try_base(self._ask_base(own), own):
+            if self._try_base(self._ask_base(own, saved), own, offered):
+                if saved is not None and self.version is offered and self.saver is not None:
+                    self.steps = self.saver.restore(saved).get("steps", self.steps)
                 return
         raise TransferInterrupted(f"no source lasted long enough to give the outer state of {self.tag}")
 
-    def _ask_base(self, own: Version) -> Base:
+    def _ask_base(self, own: Version, saved: Outer | None) -> Base:
         assert self._inbox is not None
         enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=own.state_hash)
+        if saved is not None:
+            version = saved.versions[0]
+            enter = replace(
+                enter, offered=version.number, offered_hash=version.state_hash, state=saved.manifest.run_state
+            )
         base = self.peer.ask(enter, self._inbox, Base, self.timeout or self.peer.timeouts.round)
         assert isinstance(base, Base)
         return base
 
-    def _try_base(self, base: Base, own: Version | None = None) -> bool:
-        """Takes the state that `base` names; False if its sources went away."""
-        for version in (own, self._version):
+    def _try_base(self, base: Base, *own: Version | None) -> bool:
+        """Takes the state that `base` names, from `own` if it is there; False if its sources went away."""
+        for version in (*own, self._version):
             if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
                 self._stepped_from = None
                 self._adopt(version)

@@ -45,7 +45,10 @@ class Version:
 
 
 class Layout:
-    """The trainable parameters of a model, in order, as one flat vector. Tied parameters count once."""
+    """The trainable parameters of a model, in order, as one flat vector. Tied parameters count once.
+
+    named: their names and shapes.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -57,6 +60,7 @@ class Layout:
                     f"parameter {name} is {parameter.dtype} on {parameter.device}: outer loops take float32 on the CPU"
                 )
         self._parameters = [parameter for _, parameter in named]
+        self.named = tuple((name, tuple(parameter.shape)) for name, parameter in named)
         self.elements = sum(parameter.numel() for parameter in self._parameters)
         self.fingerprint = xxhash.xxh3_64_hexdigest(repr([(name, tuple(p.shape)) for name, p in named]).encode())
 
