@@ -9,6 +9,7 @@ import click
 
 COMMANDS = {
     "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
+    "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",
 }
 
