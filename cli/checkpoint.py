@@ -26,7 +26,10 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 COLUMNS = ("checkpoint", "of", "written", "by", "bytes", "peers", "state")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: elastic checkpoint verify /data/checkpoints --all",
+)
 def command() -> None:
     """List, look into, verify and export a run's checkpoints.
 
@@ -45,7 +48,10 @@ def list_(url: str, as_json: bool) -> None:
     show(rows, as_json, table([COLUMNS, *map(cells, rows)]))
 
 
-@command.command(epilog="Example: elastic checkpoint inspect /data/checkpoints/c4-1b --json")
+@command.command(
+    short_help="Print what a manifest says.",
+    epilog="Example: elastic checkpoint inspect /data/checkpoints/c4-1b --json",
+)
 @click.argument("url", metavar="URL_OR_CHECKPOINT")
 @AS_JSON
 def inspect(url: str, as_json: bool) -> None:
@@ -72,7 +78,10 @@ def verify(url: str, every: bool, as_json: bool) -> None:
         sys.exit(exits.DATA)
 
 
-@command.command(epilog="Example: elastic checkpoint export /data/checkpoints/c4-1b model.safetensors")
+@command.command(
+    short_help="Write the weights as safetensors.",
+    epilog="Example: elastic checkpoint export /data/checkpoints/c4-1b model.safetensors",
+)
 @click.argument("url", metavar="CHECKPOINT")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.safetensors")
 def export(url: str, out: Path) -> None:

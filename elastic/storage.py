@@ -7,6 +7,7 @@ name that says what is in it, or be small enough for a single request, which tho
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -142,9 +143,11 @@ class Folder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, folder / name)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 scratch.unlink()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(folder / name)  # a full disk does not say where
             raise
         _sync(folder)
 
@@ -157,7 +160,8 @@ class Folder:
             # closing would make a file of what has been sent so far
             with suppress(Exception):
                 file.discard()
-            file.closed = True
+            with suppress(Exception):
+                file.closed = True
             raise
         file.close()
 
@@ -192,6 +196,9 @@ def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+            raise
     finally:
         os.close(handle)
 
