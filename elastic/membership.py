@@ -20,6 +20,7 @@ from collectives.records import Abort, LinkFailure, Member, Start
 from collectives.topology import Plan
 
 from . import planning, rounds
+from .audit import Account, summary
 from .config import RunPolicy, Timeouts
 from .journal import (
     Admitted,
@@ -31,10 +32,14 @@ from .journal import (
     Opened,
     Record,
     Released,
+    StreamEnded,
 )
 from .messages import (
     PROTOCOL,
+    STREAM,
     Applied,
+    AuditReport,
+    AuditRequest,
     Base,
     Begin,
     Cancel,
@@ -149,6 +154,7 @@ class Membership:
         self.retired: dict[int, str] = {}
         self.loops: dict[str, Loop] = {}
         self.table: ShardTable | None = None
+        self.account = Account()
         self.tokens = 0.0
         self.operations: dict[str, Operation] = {}
         self.commits: dict[str, deque[Commit]] = {}
@@ -190,6 +196,8 @@ class Membership:
             self._join(name, message, now)
         elif isinstance(message, StatusRequest):
             self._send_to(name, message.incarnation, self.status(now))
+        elif isinstance(message, AuditRequest):
+            self._send_to(name, message.incarnation, self.audit())
         elif isinstance(message, Gone):
             self._gone(message, now)
         elif self._is_current(name, message):
@@ -479,7 +487,7 @@ class Membership:
             self._release(name)
             self._send(name, self._stamp(Leases, shards={}, sequence=message.sequence))
             return
-        if message.samples < 0 or message.shard_size < 1 or message.epochs < 0:
+        if message.samples < STREAM or message.shard_size < 1 or message.epochs < 0:
             self._refuse(name, message, "ConfigurationError", f"there is no such data: {message}")
             return
         if self.table is None:
@@ -498,12 +506,31 @@ class Membership:
         if ours != theirs:
             reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
             self._refuse(name, message, "ParityError", reason)
-            return
+        elif self._ended(name, table, message):
+            self._send(name, self._leases(name, table, message))
+
+    def _leases(self, name: str, table: ShardTable, message: LeaseRequest) -> Message:
         doubt = self._in_doubt(table)
         self._lease_one(name, table, doubt | {*message.holding}, doubt)
         shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
         spent = not doubt and not shards.keys() - {*message.holding}
-        self._send(name, self._stamp(Leases, shards=shards, spent=spent, sequence=message.sequence))
+        epochs = {table.layout.epoch(shard) for shard in (*message.holding, *shards)}
+        ends = {epoch: samples for epoch, samples in table.ends.items() if epoch in epochs}
+        leases: Leases = self._stamp(Leases, shards=shards, spent=spent, sequence=message.sequence, ends=ends)
+        return leases
+
+    def _ended(self, name: str, table: ShardTable, message: LeaseRequest) -> bool:
+        """Takes note of the ends of a stream's epochs that a peer has reached; False if it is another stream's."""
+        for epoch, samples in message.ends.items():
+            if epoch not in table.ends and table.can_end(epoch, samples):
+                self._record(StreamEnded(epoch=epoch, samples=samples))
+                self._emit("stream.ended", peer=name, stream_epoch=epoch, samples=samples)
+            if table.ends.get(epoch) != samples:
+                known = f"{table.ends[epoch]} samples" if epoch in table.ends else "more or fewer"
+                reason = f"epoch {epoch} of the stream has {known} in the run, {samples} on peer {name}"
+                self._refuse(name, message, "ParityError", f"{reason}: it must be the same on all peers")
+                return False
+        return True
 
     def _lease_one(self, name: str, table: ShardTable, holding: set[int], doubt: set[int]) -> None:
         shard = table.offer(doubt)
@@ -947,7 +974,7 @@ class Membership:
             fragment=operation.fragment,
             version=version,
             contributors=contributors,
-            cursors=_merged(proposal.cursors for proposal in giving),
+            **_merged(giving),
             tokens=sum(proposal.weight for proposal in giving),
             digest=digest,
             skipped=skipped,
@@ -1043,6 +1070,7 @@ class Membership:
         self._apply(record)
 
     def _apply(self, record: Record) -> None:
+        self.account.take(record)
         match record:
             case Opened():
                 self.generation = record.generation
@@ -1054,6 +1082,8 @@ class Membership:
                 self.epoch += 1
             case DatasetRegistered():
                 self.table = ShardTable.of(record)
+            case StreamEnded() if self.table:
+                self.table.end(record.epoch, record.samples)
             case Leased() if self.table:
                 self.table.lease(record.name, record.shards)
             case Released() if self.table:
@@ -1108,13 +1138,10 @@ class Membership:
         done = sum(loop.rounds for loop in self.loops.values())
         enough_rounds = 0 < self.policy.rounds <= done
         enough_tokens = 0 < self.policy.tokens <= self.tokens
-        finished = enough_rounds or enough_tokens or self._data_spent()
+        spent = self.table is not None and self.table.spent  # rule 11
+        finished = enough_rounds or enough_tokens or spent
         behind = self._behind() if finished else 0
         return RunProgress(rounds=done, tokens=int(self.tokens), finished=finished, behind=behind)
-
-    def _data_spent(self) -> bool:
-        """Whether every sample of every epoch stands behind a committed round (rule 11)."""
-        return self.table is not None and 0 < self.table.epochs * self.table.layout.samples <= self.table.committed
 
     def _behind(self) -> int:
         """How many members of a loop do not hold its newest version; later lives are on their way into it."""
@@ -1135,8 +1162,14 @@ class Membership:
             progress=self.progress,
             contributors=self.last_contributors,
             samples=samples,
+            target_rounds=self.policy.rounds,
+            target_tokens=self.policy.tokens,
         )
         return report
+
+    def audit(self) -> AuditReport:
+        """The account of the data, as of now."""
+        return summary(self.run, self.account.report(), generation=self.generation, epoch=self.epoch)
 
     def _report(self, name: str, state: MemberState, now: float) -> MemberReport:
         version, state_hash = max(state.held.values(), default=(-1, ""))
@@ -1205,11 +1238,17 @@ def _names(start: Start) -> tuple[str, ...]:
     return tuple(member.name for member in (*start.contributors, *start.receivers))
 
 
-def _merged(cursors: Iterable[dict[int, int]]) -> dict[int, int]:
-    merged: dict[int, int] = {}
-    for each in cursors:
-        merged |= each
-    return merged
+def _merged(proposals: list[Propose]) -> dict[str, dict[int, int]]:
+    """The cursors of all, and starts such that the difference is what they claim together: so that the audit sees it
+    if two claim the same."""
+    cursors: dict[int, int] = {}
+    claimed: dict[int, int] = {}
+    for proposal in proposals:
+        for shard, stop in proposal.cursors.items():
+            cursors[shard] = max(stop, cursors.get(shard, stop))
+            if shard in proposal.starts:
+                claimed[shard] = claimed.get(shard, 0) + stop - proposal.starts[shard]
+    return {"cursors": cursors, "starts": {shard: cursors[shard] - count for shard, count in claimed.items()}}
 
 
 def _links(operation: Operation) -> list[str]:
