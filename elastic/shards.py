@@ -148,11 +148,15 @@ class ShardTable:
                 self._close(shard)
 
     def can_end(self, epoch: int, samples: int) -> bool:
-        """Whether that epoch of the stream has been read that far, and nothing beyond it is committed."""
-        begun = [shard for shard in self.cursors if self.layout.epoch(shard) == epoch]
-        last = max((self.layout.start(shard) + self.cursors[shard] for shard in begun), default=0)
-        reached = self.next - epoch * self.layout.shards_per_epoch
-        return self.layout.stream and last <= samples and 0 < samples < reached * self.layout.shard_size
+        """Whether that epoch of the stream was leased beyond so many samples, and is committed up to them at most."""
+        if not self.layout.stream or epoch != self.layout.epoch(self.next - 1):
+            return False
+        first = epoch * self.layout.shards_per_epoch
+        begun = range(self.next - 1, first - 1, -1)
+        done = next((shard for shard in begun if shard not in self.cursors), None)  # closed: read to its end
+        ends = [self.layout.start(shard) + self.cursors[shard] for shard in begun if self.cursors.get(shard)]
+        last = max([*ends, 0 if done is None else self.layout.start(done) + self.layout.shard_size])
+        return last <= samples and 0 < samples < len(begun) * self.layout.shard_size
 
     def end(self, epoch: int, samples: int) -> None:
         """That epoch of the stream has this many samples: shards beyond them are no more."""
