@@ -8,9 +8,9 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from collectives.records import Member
 
@@ -44,10 +44,20 @@ class Departed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetRegistered:
+    """samples: in an epoch; STREAM (-1) if only its end will tell."""
+
     samples: int
     shard_size: int
     seed: int
     epochs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamEnded:
+    """A peer has reached the end of this epoch of the stream, after so many samples."""
+
+    epoch: int
+    samples: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +85,10 @@ class LoopFounded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """A round of an outer loop is final. tokens: sum of the contributors' weights. elapsed: of the run, in seconds."""
+    """A round of an outer loop is final. tokens: sum of the contributors' weights. starts: as in Propose.
+
+    elapsed: of the run, in seconds.
+    """
 
     tag: str
     round: int
@@ -88,6 +101,7 @@ class Committed:
     digest: str
     skipped: bool = False
     elapsed: float = 0.0
+    starts: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +135,10 @@ class Reached:
 
 
 Record = (
-    Opened | Admitted | Departed | DatasetRegistered | Leased | Released | LoopFounded | Committed | Restored | Targeted
-    | Reached
+    Opened | Admitted | Departed | DatasetRegistered | StreamEnded | Leased | Released | LoopFounded | Committed
+    | Restored | Targeted | Reached
 )  # fmt: skip
-RECORDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        Opened, Admitted, Departed, DatasetRegistered, Leased, Released, LoopFounded, Committed, Restored, Targeted,
-        Reached,
-    )
-}  # fmt: skip
+RECORDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Record)}
 
 
 class Journal:

@@ -20,6 +20,7 @@ from collectives.records import Abort, LinkFailure, Member, Start
 from collectives.topology import Plan
 
 from . import planning, rounds
+from .audit import Account, summary
 from .config import TARGETS, RunPolicy, Timeouts
 from .errors import CheckpointMismatch
 from .journal import (
@@ -34,11 +35,15 @@ from .journal import (
     Record,
     Released,
     Restored,
+    StreamEnded,
     Targeted,
 )
 from .messages import (
     PROTOCOL,
+    STREAM,
     Applied,
+    AuditReport,
+    AuditRequest,
     Base,
     Begin,
     Cancel,
@@ -119,7 +124,8 @@ Effect = Send | Persist | Emit
 class MemberState:
     """A member and what is known of it now. Only member, site and life are durable.
 
-    repaired: how often it held other bits than the run, and had to fetch the state anew.
+    repaired: how often it held other bits than the run, and had to fetch the state anew. wrong: those bits, until it
+    has said what it holds instead: messages that still speak of them are on their way.
     """
 
     member: Member
@@ -133,6 +139,7 @@ class MemberState:
     trains: set[str] = field(default_factory=set)
     exited: set[str] = field(default_factory=set)
     repaired: int = 0
+    wrong: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +186,7 @@ class Membership:
         self.retired: dict[int, str] = {}
         self.loops: dict[str, Loop] = {}
         self.table: ShardTable | None = None
+        self.account = Account()
         self.tokens = self.elapsed = 0.0
         self.serial = 0
         self.targets: dict[str, float] = {name: getattr(policy, name) for name in TARGETS}
@@ -229,6 +237,8 @@ class Membership:
             self._join(name, message, now)
         elif isinstance(message, StatusRequest):
             self._send_to(name, message.incarnation, self.status(now))
+        elif isinstance(message, AuditRequest):
+            self._send_to(name, message.incarnation, self.audit())
         elif isinstance(message, Gone):
             self._gone(message, now)
         elif self._is_current(name, message):
@@ -585,6 +595,7 @@ class Membership:
         if not self._agrees(name, message, loop, newest, now):
             return
         state = self.members[name]
+        state.wrong.pop((message.tag, message.fragment), None)
         state.held[message.tag, message.fragment] = (message.version, message.state_hash)
         state.entered.add(message.tag)
         (state.trains.discard if message.receiving else state.trains.add)(message.tag)
@@ -660,9 +671,11 @@ class Membership:
     def _repair(self, name: str, tag: str, fragment: int, version: int, held: str, now: float) -> None:
         """The peer holds other bits than the run: it fetches the state anew, and reads its samples again."""
         state, loop = self.members[name], self.loops[tag]
-        state.repaired += 1
-        agreed = loop.hashes.get((fragment, version), "")
-        self._emit("parity.mismatch", peer=name, tag=tag, version=version, held=held, agreed=agreed)
+        if state.wrong.get((tag, fragment)) != held:
+            state.wrong[tag, fragment] = held
+            state.repaired += 1
+            agreed = loop.hashes.get((fragment, version), "")
+            self._emit("parity.mismatch", peer=name, tag=tag, version=version, held=held, agreed=agreed)
         state.held.pop((tag, fragment), None)
         state.trains.discard(tag)
         operation = self.operations.get(tag)
@@ -710,7 +723,7 @@ class Membership:
             self._release(name)
             self._send(name, self._stamp(Leases, shards={}, sequence=message.sequence))
             return
-        if message.samples < 0 or message.shard_size < 1 or message.epochs < 0:
+        if message.samples < STREAM or message.shard_size < 1 or message.epochs < 0:
             self._refuse(name, message, "ConfigurationError", f"there is no such data: {message}")
             return
         if self.table is None:
@@ -729,12 +742,31 @@ class Membership:
         if ours != theirs:
             reason = f"the run's data has (samples, shard_size, seed, epochs) = {ours}, peer {name} has {theirs}"
             self._refuse(name, message, "ParityError", reason)
-            return
+        elif self._ended(name, table, message):
+            self._send(name, self._leases(name, table, message))
+
+    def _leases(self, name: str, table: ShardTable, message: LeaseRequest) -> Message:
         doubt = self._in_doubt(table)
         self._lease_one(name, table, doubt | {*message.holding}, doubt)
         shards = {shard: table.cursors[shard] for shard in table.held_by(name) if shard not in doubt}
         spent = not doubt and not shards.keys() - {*message.holding}
-        self._send(name, self._stamp(Leases, shards=shards, spent=spent, sequence=message.sequence))
+        epochs = {table.layout.epoch(shard) for shard in (*message.holding, *shards)}
+        ends = {epoch: samples for epoch, samples in table.ends.items() if epoch in epochs}
+        leases: Leases = self._stamp(Leases, shards=shards, spent=spent, sequence=message.sequence, ends=ends)
+        return leases
+
+    def _ended(self, name: str, table: ShardTable, message: LeaseRequest) -> bool:
+        """Takes note of the ends of a stream's epochs that a peer has reached; False if it is another stream's."""
+        for epoch, samples in message.ends.items():
+            if epoch not in table.ends and table.can_end(epoch, samples):
+                self._record(StreamEnded(epoch=epoch, samples=samples))
+                self._emit("stream.ended", peer=name, stream_epoch=epoch, samples=samples)
+            if table.ends.get(epoch) != samples:
+                known = f"{table.ends[epoch]} samples" if epoch in table.ends else "more or fewer"
+                reason = f"epoch {epoch} of the stream has {known} in the run, {samples} on peer {name}"
+                self._refuse(name, message, "ParityError", f"{reason}: it must be the same on all peers")
+                return False
+        return True
 
     def _lease_one(self, name: str, table: ShardTable, holding: set[int], doubt: set[int]) -> None:
         shard = table.offer(doubt)
@@ -1199,7 +1231,7 @@ class Membership:
             fragment=operation.fragment,
             version=version,
             contributors=contributors,
-            cursors=_merged(proposal.cursors for proposal in giving),
+            **_merged(giving),
             tokens=sum(proposal.weight for proposal in giving),
             digest=digest,
             skipped=skipped,
@@ -1296,6 +1328,7 @@ class Membership:
         self._apply(record)
 
     def _apply(self, record: Record) -> None:
+        self.account.take(record)
         match record:
             case Opened():
                 self.generation = record.generation
@@ -1307,6 +1340,8 @@ class Membership:
                 self.epoch += 1
             case DatasetRegistered():
                 self.table = ShardTable.of(record)
+            case StreamEnded() if self.table:
+                self.table.end(record.epoch, record.samples)
             case Leased() if self.table:
                 self.table.lease(record.name, record.shards)
             case Released() if self.table:
@@ -1415,7 +1450,8 @@ class Membership:
         done = sum(loop.rounds for loop in self.loops.values())
         enough_rounds = 0 < self.targets["rounds"] <= done
         enough_tokens = 0 < self.targets["tokens"] <= self.tokens
-        finished = enough_rounds or enough_tokens or bool(self.reached) or self._data_spent()
+        spent = self.table is not None and self.table.spent  # rule 11
+        finished = enough_rounds or enough_tokens or bool(self.reached) or spent
         behind = self._behind() if finished else 0
         return RunProgress(
             rounds=done,
@@ -1447,10 +1483,6 @@ class Membership:
             self._record(Targeted(**wanted))
             self._emit("run.target_set", peer=name, **wanted)
 
-    def _data_spent(self) -> bool:
-        """Whether every sample of every epoch stands behind a committed round (rule 11)."""
-        return self.table is not None and 0 < self.table.epochs * self.table.layout.samples <= self.table.committed
-
     def _behind(self) -> int:
         """How many members of a loop do not hold its newest version; later lives are on their way into it."""
         return sum(
@@ -1470,8 +1502,14 @@ class Membership:
             progress=self.progress,
             contributors=self.last_contributors,
             samples=samples,
+            target_rounds=self.policy.rounds,
+            target_tokens=self.policy.tokens,
         )
         return report
+
+    def audit(self) -> AuditReport:
+        """The account of the data, as of now."""
+        return summary(self.run, self.account.report(), generation=self.generation, epoch=self.epoch)
 
     def _report(self, name: str, state: MemberState, now: float) -> MemberReport:
         version, state_hash = max(state.held.values(), default=(-1, ""))
@@ -1545,11 +1583,17 @@ def _names(start: Start) -> tuple[str, ...]:
     return tuple(member.name for member in (*start.contributors, *start.receivers))
 
 
-def _merged(cursors: Iterable[dict[int, int]]) -> dict[int, int]:
-    merged: dict[int, int] = {}
-    for each in cursors:
-        merged |= each
-    return merged
+def _merged(proposals: list[Propose]) -> dict[str, dict[int, int]]:
+    """The cursors of all, and starts such that the difference is what they claim together: so that the audit sees it
+    if two claim the same."""
+    cursors: dict[int, int] = {}
+    claimed: dict[int, int] = {}
+    for proposal in proposals:
+        for shard, stop in proposal.cursors.items():
+            cursors[shard] = max(stop, cursors.get(shard, stop))
+            if shard in proposal.starts:
+                claimed[shard] = claimed.get(shard, 0) + stop - proposal.starts[shard]
+    return {"cursors": cursors, "starts": {shard: cursors[shard] - count for shard, count in claimed.items()}}
 
 
 def _links(operation: Operation) -> list[str]:

@@ -21,6 +21,7 @@ from collectives.records import Abort, LinkFailure, Member, Start
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_INTEGER = (1 << 63) - 1
+STREAM = -1  # in place of a dataset's samples: their number is not known before its end
 _SCALARS = (str, int, float, bool, bytes)
 _Read = Callable[[Any], Any]
 
@@ -134,6 +135,7 @@ class Propose(Message):
     base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
     cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
     leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
+    starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
     """
 
     tag: str
@@ -147,6 +149,7 @@ class Propose(Message):
     spec: OperationSpec
     receiver: bool = False
     leaving: bool = False
+    starts: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,7 +248,8 @@ class SetTarget(Message):
 class LeaseRequest(Message):
     """Asks for shards of a dataset of `samples`, cut into shards of `shard_size`; what is held already comes too.
 
-    holding: shards that this incarnation still works on; 0 samples mean: hand all back.
+    samples: STREAM if nobody knows; 0: hand all back. holding: shards that this incarnation still works on.
+    ends: of a stream, how many samples each epoch had whose end this incarnation has reached.
     sequence: this incarnation's own count of such questions; the answer carries it.
     """
 
@@ -255,6 +259,7 @@ class LeaseRequest(Message):
     epochs: int
     holding: tuple[int, ...] = ()
     sequence: int = 0
+    ends: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +280,11 @@ class Gone(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusRequest(Message):
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRequest(Message):
     pass
 
 
@@ -386,11 +396,13 @@ class Leases(Message):
     """Shards held by this peer, with the committed cursor of each. spent: there is no data left to lease.
 
     sequence: of the question. An answer to an earlier one is old news: its cursors may have been passed since.
+    ends: of a stream, how many samples there are in the epochs whose end is known and that the peer works on.
     """
 
     shards: dict[int, int]
     spent: bool = False
     sequence: int = 0
+    ends: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -453,10 +465,61 @@ class MemberReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport(Message):
+    """contributors: of the last round. samples: committed. target_rounds, target_tokens: 0 where there is none."""
+
     members: tuple[MemberReport, ...]
     progress: RunProgress
     contributors: tuple[str, ...]
     samples: int
+    target_rounds: int = 0
+    target_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """A leased shard: who holds it ("": nobody now) and how many of its samples are committed."""
+
+    shard: int
+    holder: str
+    cursor: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochReport:
+    """What the journal says of one epoch's samples. samples: in it, or STREAM while that is not known.
+
+    committed: each counted by the run. twice: counted more often than once, or not in the data. missing: skipped, and
+    never to be read. partial: counted in some fragments and not in others, since their peer was lost in between
+    (samples times fragments; with one fragment it is always 0). open: the shards that are not committed to their end.
+    """
+
+    epoch: int
+    samples: int
+    committed: int
+    twice: int
+    missing: int
+    partial: int
+    open: tuple[ShardReport, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return self.committed == self.samples and not self.missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditReport(Message):
+    """epochs: those under way and the newest complete ones. The sums are over all epochs; fields as in EpochReport."""
+
+    epochs: tuple[EpochReport, ...]
+    committed: int
+    twice: int
+    missing: int
+    partial: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether every sample that the run went past counts exactly once."""
+        return not self.twice and not self.missing
 
 
 # --- codec ----------------------------------------------------------------------------------------------------------
@@ -567,13 +630,13 @@ FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
-        LinkLost, Gone, StatusRequest, Recomputed, SetTarget,
+        LinkLost, Gone, StatusRequest, Recomputed, SetTarget, AuditRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute,
+        StatusReport, Recompute, AuditReport,
     )
 }  # fmt: skip

@@ -44,6 +44,7 @@ from .config import (
     environment,
 )
 from .control import Control
+from .data import Data, ShardSampler, layout_of
 from .errors import (
     CheckpointMismatch,
     ConfigurationError,
@@ -67,7 +68,6 @@ from .messages import (
     Gone,
     Heartbeat,
     Join,
-    LeaseRequest,
     Leases,
     Leave,
     LinkLost,
@@ -90,7 +90,6 @@ from .messages import (
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .runstate import RunState
-from .shards import Layout, ShardReader
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
@@ -270,7 +269,7 @@ class Peer:
         self._generation = self._generation_welcomed = self._epoch = 0
         self._fatal: ElasticError | None = None
         self._inboxes: dict[str, Inbox] = {}
-        self._leases: Inbox = queue.SimpleQueue()
+        self.data = Data(self)
         self._sequence = 0
         self._finished: dict[str, int] = {}
         self.when_idle: list[Callable[[], None]] = []
@@ -282,10 +281,6 @@ class Peer:
         self._sigterm: Any = None
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
-        self._reader: ShardReader | None = None
-        self._tokens_per_sample = 1
-        self._lease_request: LeaseRequest | None = None
-        self._lease_questions = 0
         folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
         self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
         self._reserve = Reserve()
@@ -667,91 +662,103 @@ class Peer:
         seed: int = 0,
         epochs: int = 0,
     ) -> Iterator[Any]:
-        """Batches of `dataset` (map-style, equal on all peers) from the shards that this peer holds.
+        """Batches of `dataset` from the shards that this peer holds; an optimizer step counts all that was handed out.
+
+        dataset: map-style, equal on all peers; its order is a permutation of each epoch, by `seed`. Or iterable: then
+        the stream must be the same on all peers, in each epoch, and is cut into shards as it comes; a peer reads over
+        what others hold, so reading must be cheap against training. `set_epoch(e)` is called if it has that, and
+        `skip(n)` is used to go back. shard_size: samples per shard; by default 16 batches. epochs: passes over the
+        data, 0: without end. Batches are collated as torch's DataLoader would; `dataset.tokens_per_sample` (by default
+        1) gives the weight of a sample.
 
         A sample is read by one peer; its cursor is committed with the round that its step contributes to. Ends when
-        the run has reached its target or the data is spent (after `epochs` passes; 0: never). Within an outer loop,
-        spent means committed: a peer that finds no shard left gives what it has learned, follows the others' rounds,
-        and takes over what a peer that is lost has not committed. shard_size: samples per shard; by default 16
-        batches. Batches are collated as torch's DataLoader would.
+        the run has reached its target or the data is spent. Within an outer loop, spent means committed: a peer that
+        finds no shard left gives what it has learned, follows the others' rounds, and takes over what a peer that is
+        lost has not committed; but it ends at once while something that it handed out is not stepped. If this peer is
+        lost, its next life, or others after `timeouts.evict_after`, go on from the committed cursors.
+
+        Raises ConfigurationError (arguments; other data than before on this peer), ParityError (other data than the
+        run's), CoordinatorUnavailable, Evicted.
         """
-        from torch.utils.data import default_collate
+        layout = layout_of(dataset, batch_size, shard_size, seed)
+        self.data.open(dataset, layout, epochs)
+        return (self.data.streamed if layout.stream else self.data.collated)(dataset, batch_size)
 
-        for indices in self._index_batches(dataset, batch_size, shard_size or 16 * batch_size, seed, epochs):
-            yield default_collate([dataset[i] for i in indices])
+    def sampler(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        shard_size: int | None = None,
+        seed: int = 0,
+        epochs: int = 0,
+        batches_per_step: int = 1,
+    ) -> ShardSampler:
+        """`shards` for a DataLoader with workers: `DataLoader(dataset, batch_sampler=peer.sampler(dataset, 32), ...)`.
 
-    def _index_batches(
-        self, dataset: Dataset[Any], batch_size: int, shard_size: int, seed: int, epochs: int
-    ) -> Iterator[list[int]]:
-        samples = len(dataset)  # type: ignore[arg-type]
-        if batch_size < 1 or shard_size < 1 or samples < 1:
-            raise ConfigurationError(
-                f"batch_size {batch_size}, shard_size {shard_size}, samples {samples}: all above 0"
-            )
-        self._tokens_per_sample = int(getattr(dataset, "tokens_per_sample", 1))
-        reader = self._open_reader(Layout(samples, shard_size, seed), epochs)
-        while not self.stopping:
-            # what a departed peer has given back is found by asking again before the end
-            spent = reader.left() < batch_size and self._lease(reader)
-            indices = reader.batch(batch_size)
-            if indices:
-                yield indices
-            elif spent and not self.when_idle:
-                return
-            else:
-                self._idle()
+        dataset: map-style. Batches arrive in the order in which the sampler gave them out (leave `in_order` as it is);
+        each optimizer step counts the oldest `batches_per_step` of them. So the cursor is the last batch *stepped*,
+        however far the DataLoader has run ahead. What it had prefetched when the peer had to go back to the committed
+        positions still arrives and counts; the peer contributes again once there is no gap before it.
 
-    def _idle(self) -> None:
-        """What is left depends on others: on a round under way, or on what a lost peer did not commit."""
-        for give in list(self.when_idle):
-            give()
-        with self._changed:
-            self._changed.wait(min(self.timeouts.heartbeat, ASK_AGAIN_SECONDS))
+        A pass over the loader ends when the run is over, or when no shard is to be had and all that was handed out has
+        been delivered. The next pass waits until a shard that somebody lost comes free, or the run is over; so go on to
+        the end of the data with
 
-    def _open_reader(self, layout: Layout, epochs: int) -> ShardReader:
-        if self._reader is not None and self._reader.layout != layout:
-            raise ConfigurationError("this peer reads another dataset already: one dataset per peer")
-        self._reader = self._reader or ShardReader(layout)
-        self._lease_request = LeaseRequest(
-            run=self.run, samples=layout.samples, shard_size=layout.shard_size, seed=layout.seed, epochs=epochs
-        )
-        return self._reader
+            while not peer.progress.finished:
+                for batch in loader: ...
 
-    def _lease(self, reader: ShardReader) -> bool:
-        """Takes on the next shards; returns whether the data is spent."""
-        leases = self._ask_for_leases(holding=reader.holding)
-        reader.add(leases.shards)
-        return leases.spent
-
-    def _ask_for_leases(self, holding: tuple[int, ...]) -> Leases:
-        assert self._lease_request is not None
-        # a question that was asked twice is answered twice, and the second answer must not pass for a later one's
-        self._lease_questions += 1
-        request = dataclasses.replace(self._lease_request, holding=holding, sequence=self._lease_questions)
-        answer = self.ask(request, self._leases, Leases, self.timeouts.round)
-        assert isinstance(answer, Leases)
-        return answer
+        Step at the end of a pass, too, if `batches_per_step` batches did not come together. What was handed out in a
+        pass that is broken off and not stepped is handed out again in the next. One pass at a time: a second one, begun
+        meanwhile, ends the first with ConfigurationError. Other arguments, errors, and what holds when this peer is
+        lost: as for `shards`. The sampler has `state_dict()` and `load_state_dict()`.
+        """
+        layout = layout_of(dataset, batch_size, shard_size, seed)
+        if layout.stream:
+            raise ConfigurationError("a stream has no indices to sample: use peer.shards(dataset, batch_size=...)")
+        if batches_per_step < 1:
+            raise ConfigurationError(f"batches_per_step is {batches_per_step}: it must be at least 1")
+        self.data.open(dataset, layout, epochs)
+        return ShardSampler(self.data, batch_size, batches_per_step)
 
     def stepped(self) -> float:
-        """Called after each inner step: what was read so far has been trained on. Returns the tokens that this adds."""
-        if self._reader is None:
-            return 1.0
-        return float(self._reader.stepped() * self._tokens_per_sample)
+        """Called after each inner step: counts the batches behind it. Returns the tokens that this adds."""
+        return self.data.stepped()
+
+    @property
+    def whole(self) -> bool:
+        """Whether what was stepped reaches from the committed positions to the cursors without a gap: else, propose
+        nothing."""
+        return self.data.whole
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether what was stepped holds samples that are not this peer's to count: start over, and `rewind`."""
+        return self.data.spoiled
 
     @property
     def cursors(self) -> dict[int, int]:
-        """For each shard held, how many of its samples have been stepped."""
-        return self._reader.cursors if self._reader else {}
+        """For each shard held, how many of its samples have been stepped (if `whole`)."""
+        return self.data.cursors
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """For each shard held, how many of its samples the run has committed."""
+        return self.data.starts
 
     def committed(self, cursors: dict[int, int]) -> None:
         """The run has committed these positions."""
-        if self._reader:
-            self._reader.forget(cursors)
+        self.data.committed(cursors)
 
     def rewind(self) -> None:
-        """Goes back to the committed positions: what was read since is read again."""
-        if self._reader:
-            self._reader.rewind(self._ask_for_leases(holding=self._reader.holding).shards)
+        """Goes back to the committed positions: what was stepped since is handed out again."""
+        self.data.rewind()
+
+    def pause(self) -> None:
+        """Waits until something changes in the run, or a moment."""
+        with self._changed:
+            self._check()
+            self._changed.wait(min(self.timeouts.heartbeat, ASK_AGAIN_SECONDS))
 
     # --- for outer loops --------------------------------------------------------------------------------------------
 
@@ -869,7 +876,7 @@ class Peer:
         with self._changed:
             view = {member.name: member.incarnation for member in self._members.values()}
         state = self.run_state.to_bytes() if self.run_state else b""
-        return {"view": view, "state": state, "holding": self._reader.holding if self._reader else ()}
+        return {"view": view, "state": state, "holding": self.data.holding}
 
     def _receive(self, message: Message) -> bool:
         """False for what an old generation of the coordinator says."""
@@ -898,9 +905,9 @@ class Peer:
                     Evicted(f"peer {self.name} was expelled: {message.reason}", peer=self.name, epoch=self._epoch)
                 )
             case Leases():
-                self._leases.put(message)
+                self.data.inbox.put(message)
             case Refused() if not message.tag:
-                self._leases.put(message)
+                self.data.inbox.put(message)
             case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
                 self._deliver(message)
 
@@ -977,7 +984,7 @@ class Peer:
     def _fail(self, error: ElasticError) -> None:
         with self._changed:
             self._fatal = self._fatal or error
-            waiting = [*self._inboxes.values(), self._leases]
+            waiting = [*self._inboxes.values(), self.data.inbox]
             self._changed.notify_all()
         for inbox in waiting:
             inbox.put(error)

@@ -34,7 +34,10 @@ class LoopState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataState:
-    """Where the data stands. samples 0: the run has no dataset. Shards that are neither open nor `next` are read."""
+    """Where the data stands. samples 0: the run has no dataset. Shards below `next` that have no cursor are read.
+
+    The other fields are those of `shards.ShardTable`.
+    """
 
     samples: int = 0
     shard_size: int = 1
@@ -45,6 +48,7 @@ class DataState:
     cursors: dict[int, int] = field(default_factory=dict)
     holders: dict[int, str] = field(default_factory=dict)
     free: tuple[int, ...] = ()
+    ends: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -246,21 +246,29 @@ class OuterLoop:
         self.steps += 1
         self._since_applied += 1
         self._weight += self.peer.stepped()
-        if self._receiving:
-            self._receiving = False
-            self._announce()
+        if self.peer.spoiled:
+            self._reset()
+        self._receive(not self.peer.whole)  # until its samples are whole again it can give nothing
         self.peer.report(step=self.steps, state="training")
         self._take_messages()
-        if not self.finished and (self._since_applied >= self.sync_every or self._opened):
+        if self._can_give and not self.finished and (self._since_applied >= self.sync_every or self._opened):
             self._exchange()
 
     def _idle(self) -> None:
         """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
         self.flush()
-        if not (self._receiving or self._weight or self._over):
-            self._receiving = True
+        if not (self._weight or self._over):
             self.peer.report(state="receiving")
+            self._receive(True)
+
+    def _receive(self, receiving: bool) -> None:
+        if receiving != self._receiving:
+            self._receiving = receiving
             self._announce()
+
+    @property
+    def _can_give(self) -> bool:
+        return self.peer.whole and not self._over
 
     def _take_messages(self) -> None:
         """Applies what came while training: rounds that went on without this peer, and the call to a round."""
@@ -295,7 +303,7 @@ class OuterLoop:
     def flush(self) -> None:
         """Exchanges now what has been learned since the last round; returns at once if that is nothing."""
         self._take_messages()
-        if self._weight > 0 and not self._over:
+        if self._weight > 0 and self._can_give:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -309,6 +317,7 @@ class OuterLoop:
             self.spec,
             weight=self._weight,
             cursors=self.peer.cursors,
+            starts=self.peer.starts,
             base_version=self.version.number,
             base_hash=self.version.state_hash,
             leaving=self.peer.draining,
@@ -392,8 +401,8 @@ class OuterLoop:
         return {"steps": self.steps}
 
     def _reset(self) -> None:
+        self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
         self.layout.write(self.version.parameters)
-        self.peer.rewind()
         self._weight, self._missed, self._since_applied = 0.0, 0, 0
         self._doubts.clear()
 

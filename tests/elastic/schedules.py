@@ -89,6 +89,7 @@ ACTIONS: dict[str, Action] = {
     "path": _path,
     "measure all": lambda w, p, n: [w.act(each, "measure", 1) for each in list(w.peers.values())],
     "give up": lambda w, p, n: w.act(p, "give_up", list(p.slots)[n % len(p.slots)]),
+    "reset": lambda w, p, n: w.act(p, "reset"),
     "leave": lambda w, p, n: w.act(p, "leave"),
     "kill coordinator": lambda w, p, n: w.kill_coordinator(n % 4),
     "restart": _restart,
@@ -127,4 +128,19 @@ def finish(world: World) -> World:
     assert alive, "nothing is in the way, and yet no round is committed"
     world.check_replay()
     world.check_agreement()
+    world.check_audit()
+    return world
+
+
+def use_up(world: World) -> World:
+    """All trouble ends, and the data does; what nobody can have any more ends the run as well."""
+    world.heal()
+    for peer in world.peers.values():
+        peer.stuck = False
+    world.start("z")
+    membership = world.membership
+    assert membership is not None
+    alive = world.run_until(lambda: membership.progress.finished or not world.obtainable(), turns=400, read=3)
+    assert alive, "nothing is in the way, and yet the data is not used up"
+    world.check_audit()
     return world

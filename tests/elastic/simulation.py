@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from collectives.records import Identity, LinkFailure, Member, Start
+from elastic.audit import audit
 from elastic.config import RunPolicy, Timeouts
 from elastic.journal import Committed, Departed, LoopFounded, Opened, Record
 from elastic.membership import Emit, Membership, Persist, Send
 from elastic.messages import (
+    STREAM,
     Applied,
     Base,
     Begin,
@@ -48,7 +50,7 @@ from elastic.messages import (
     Withdraw,
 )
 from elastic.runstate import RunState
-from elastic.shards import Layout, ShardReader
+from elastic.shards import Layout, ShardReader, Stretch
 
 RUN, OUTER, PLAIN, SPREAD, GATHER = "run", "outer", "grads", "news", "parts"
 ROOT = "a"
@@ -85,13 +87,12 @@ def durable(membership: Membership) -> str:
 class Slot:
     """A peer's one operation under a tag.
 
-    starts: where the ranges behind the proposal begin, by shard. begun: the last attempt that it took part in; a Begin
-    that was on its way when the proposal was withdrawn must not be taken for one of the next.
+    begun: the last attempt that it took part in; a Begin that was on its way when the proposal was withdrawn must not
+    be taken for one of the next.
     """
 
     tag: str
     proposal: Propose | None = None
-    starts: dict[int, int] = field(default_factory=dict)
     start: Start | None = None
     began: float = 0.0
     report: DoneReport | FailedReport | None = None
@@ -105,12 +106,30 @@ class Slot:
         self.result, self.started_round = "", -1
 
 
-class SimPeer:
-    """One life of a peer. Speaks the protocol as elastic.Peer does; what it says collects in `outbox`."""
+@dataclass(frozen=True)
+class SimData:
+    """stream: how many samples each epoch turns out to have, where that is not known beforehand."""
 
-    def __init__(self, name: str, incarnation: int, *, generation: int = 0, hidden: bool = False) -> None:
-        self.hidden = hidden
-        self.name, self.incarnation, self.generation = name, incarnation, generation
+    epochs: int = 0
+    stream: int = 0
+
+    @property
+    def layout(self) -> Layout:
+        return replace(LAYOUT, samples=STREAM) if self.stream else LAYOUT
+
+
+class SimPeer:
+    """One life of a peer. Speaks the protocol as elastic.Peer does; what it says collects in `outbox`.
+
+    data: what it reads. ahead: how many batches its loader has in flight before the oldest of them is stepped.
+    learned: which samples are in its displacement from the outer state; offered: and in that of each proposal.
+    """
+
+    def __init__(
+        self, name: str, incarnation: int, *, hidden: bool = False, data: SimData | None = None, ahead: int = 0
+    ) -> None:
+        self.hidden, self.data, self.ahead = hidden, data or SimData(), ahead
+        self.name, self.incarnation, self.generation = name, incarnation, 0
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
         self.expelled = ""
         self.mode = "out"
@@ -123,7 +142,11 @@ class SimPeer:
         self.results: dict[int, str] = {}
         self.fetching: Base | None = None
         self.wanted: dict[int, Commit] = {}
-        self.reader, self.bases = ShardReader(LAYOUT), dict[int, int]()
+        self.reader, self.questions, self.rewinds_to = ShardReader(self.data.layout), 0, 0
+        self.ends: dict[int, int] = {}
+        self.in_flight: deque[Stretch] = deque()
+        self.learned: Counter[tuple[int, int]] = Counter()
+        self.offered: dict[int, Counter[tuple[int, int]]] = {}
         self.sequence = 0
         self.slots = {tag: Slot(tag) for tag in (OUTER, *SPECS)}
         self.doubts: dict[str, Propose] = {}
@@ -164,22 +187,43 @@ class SimPeer:
             self.say(Enter, tag=OUTER, spec=OUTER_SPEC, state_hash=self.own_state)
 
     def lease(self) -> None:
-        self.say(LeaseRequest, samples=LAYOUT.samples, shard_size=LAYOUT.shard_size, seed=LAYOUT.seed, epochs=0,
-                 holding=self.reader.holding)  # fmt: skip
+        self.questions += 1
+        layout = self.data.layout
+        self.say(LeaseRequest, samples=layout.samples, shard_size=layout.shard_size, seed=layout.seed, ends=self.ends,
+                 epochs=self.data.epochs, holding=self.reader.holding, sequence=self.questions)  # fmt: skip
 
     def read(self, count: int) -> None:
-        self.reader.batch(count)
-        self.reader.stepped()
+        """Hands out a batch, and steps the oldest if the loader is far enough ahead, or the end of the data is near."""
+        if self.rewinds_to or not count:
+            return
+        handed = self.reader.take(count)
+        if handed:
+            self.in_flight.append(handed)
+            self._look_for_the_end(handed)
+        if self.in_flight and (self.reader.in_flight > self.ahead or handed is None):
+            self.reader.stepped(1)
+            shard, start, stop = self.in_flight.popleft()
+            self.learned.update((shard, position) for position in range(start, stop))
+
+    def _look_for_the_end(self, handed: Stretch) -> None:
+        layout, epoch = self.data.layout, self.data.layout.epoch(handed.shard)
+        over = layout.start(handed.shard) + handed.stop - self.data.stream
+        if self.data.stream and over > 0:
+            self.ends = self.ends | {epoch: self.data.stream}
+            assert self.reader.end(epoch, self.data.stream)
+            self.in_flight.pop()
+            if over < handed.stop - handed.start:
+                self.in_flight.append(handed._replace(stop=handed.stop - over))
+            self.lease()
 
     def propose(self) -> None:
         slot = self.slots[OUTER]
-        if self.mode != "training" or slot.proposal is not None:
+        if self.mode != "training" or slot.proposal is not None or self.rewinds_to or not self.reader.whole:
             return
-        cursors = self.reader.cursors
-        slot.starts = {shard: self.bases[shard] for shard in cursors}
-        weight = float(sum(cursors[shard] - start for shard, start in slot.starts.items()))
-        self._offer(slot, weight=weight, cursors=cursors, spec=OUTER_SPEC, base_version=self.version,
-                    base_hash=self.states[self.version])  # fmt: skip
+        cursors, starts = self.reader.cursors, self.reader.starts
+        self._offer(slot, weight=float(self.learned.total()), cursors=cursors, starts=starts, spec=OUTER_SPEC,
+                    base_version=self.version, base_hash=self.states[self.version])  # fmt: skip
+        self.offered[self.sequence] = self.learned.copy()
 
     def reduce(self, tag: str = PLAIN) -> None:
         if self.slots[tag].proposal is None:
@@ -229,6 +273,8 @@ class SimPeer:
             self.join()
         if self.mode == "entering":
             self.enter()
+        if self.rewinds_to:
+            self._ask_where()
         if self.mode == "training" and (self.wanted or self.slots[OUTER].proposal):
             self.announce()
         for slot in self.slots.values():
@@ -386,9 +432,8 @@ class SimPeer:
         self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=state, computed=self.computed)
 
     def _consume(self, proposal: Propose) -> None:
-        self.bases |= proposal.cursors
         self.reader.forget(proposal.cursors)
-        self.bases = {shard: self.bases[shard] for shard in self.reader.holding}
+        self.learned -= self.offered[proposal.sequence]
 
     def _base(self, base: Base) -> None:
         if self.mode == "entering" and not base.sources and base.state_hash == self.own_state:
@@ -415,13 +460,32 @@ class SimPeer:
 
     def start_over(self) -> None:
         self.slots[OUTER].close()
-        self.reader, self.bases, self.version = ShardReader(LAYOUT), {}, -1
+        self.version = -1
         self.doubts.clear()
+        self.learned.clear()
+        self._ask_where()
+
+    def reset(self) -> None:
+        """It has missed too many rounds: back to the outer parameters, and its samples are read again."""
+        if self.mode == "training":
+            self.give_up(OUTER)
+        if self.mode == "training" and not self.doubts:
+            self.learned.clear()
+            self._ask_where()
+
+    def _ask_where(self) -> None:
+        """Nothing is read until it is known from where."""
+        self.lease()
+        self.rewinds_to = self.questions
 
     def _leases(self, message: Leases) -> None:
-        for shard, cursor in message.shards.items():
-            if shard not in self.reader.holding:
-                self.bases[shard] = cursor
+        if message.sequence != self.questions:
+            return
+        assert all(self.reader.end(epoch, samples) for epoch, samples in message.ends.items())
+        assert self.reader.unfinished() <= message.shards.keys(), "a living peer has lost a shard"
+        if self.rewinds_to:
+            self.rewinds_to = 0
+            self.reader.rewind(message.shards)
         self.reader.add(message.shards)
 
     def _refused(self, message: Refused) -> None:
@@ -460,7 +524,8 @@ class Ledger:
     states: dict[int, str] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     starts: dict[Identity, Start] = field(default_factory=dict)
-    given: dict[Identity, dict[str, tuple[Propose, dict[int, int]]]] = field(default_factory=dict)
+    given: dict[Identity, dict[str, Propose]] = field(default_factory=dict)
+    learned: dict[tuple[int, int], Counter[tuple[int, int]]] = field(default_factory=dict)
     dones: dict[tuple[int, str, int, int, int], str] = field(default_factory=dict)
     plain_commits: dict[tuple[str, int, int], tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     plain_values: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
@@ -473,7 +538,7 @@ class Ledger:
         """The exact result of an attempt: a function of whose numbers are in it, and of nothing else."""
         given = self.given[identity]
         names = [member.name for member in self.starts[identity].contributors]
-        return digest_of(identity.tag, [(given[n][0].incarnation, given[n][0].sequence) for n in names])
+        return digest_of(identity.tag, [(given[n].incarnation, given[n].sequence) for n in names])
 
     def started(self, start: Start) -> None:
         known = self.starts.setdefault(start.identity, start)
@@ -490,13 +555,14 @@ class Ledger:
         if start.tag == OUTER:
             assert start.round == self.round and start.base_version == self.version
 
-    def deposit(self, start: Start, slot: Slot) -> None:
+    def deposit(self, start: Start, slot: Slot, learned: Counter[tuple[int, int]] | None) -> None:
         assert slot.proposal is not None
+        self.learned[slot.proposal.incarnation, slot.proposal.sequence] = learned or Counter()
         given = self.given.setdefault(start.identity, {})
-        assert slot.proposal.incarnation not in {p.incarnation for p, _ in given.values()}
+        assert slot.proposal.incarnation not in {p.incarnation for p in given.values()}
         names = {member.incarnation: member.name for member in start.contributors}
         if slot.proposal.incarnation in names:
-            given[names[slot.proposal.incarnation]] = (slot.proposal, dict(slot.starts))
+            given[names[slot.proposal.incarnation]] = slot.proposal
 
     def attempt(self, generation: int, tag: str, round: int, attempt: int) -> Start:
         (start,) = (
@@ -528,14 +594,17 @@ class Ledger:
 
     def _count(self, record: Committed, start: Start) -> None:
         proposals = [self.given[start.identity][member.name] for member in start.contributors]
-        assert record.tokens == sum(proposal.weight for proposal, _ in proposals)
-        for proposal, starts in proposals:
+        assert record.tokens == sum(proposal.weight for proposal in proposals)
+        for proposal in proposals:
             assert proposal.base_hash == self.states[self.version], "a contribution was measured from another state"
-            for shard, begin in starts.items():
+            learned = self.learned[proposal.incarnation, proposal.sequence]
+            self.samples.update(learned)
+            for shard, begin in proposal.starts.items():
                 end = proposal.cursors[shard]
                 assert end == begin or begin == self.cursors[shard], f"shard {shard}: counted from {begin} again"
-                self.samples.update((shard, position) for position in range(begin, end))
+                learned = learned - Counter((shard, position) for position in range(begin, end))
                 self.cursors[shard] = max(end, self.cursors[shard])
+            assert not learned, f"trained on and not counted: {learned}"
         self.tokens += record.tokens
         assert max(self.samples.values(), default=1) == 1, "a sample was counted twice"
         assert self.tokens == sum(self.cursors.values())
@@ -566,9 +635,11 @@ class Ledger:
 class World:
     """Coordinator, peers, channels and time. Each method is one thing that can happen."""
 
-    def __init__(self, policy: RunPolicy | None = None, *, hide: bool = False) -> None:
+    def __init__(
+        self, policy: RunPolicy | None = None, *, hide: bool = False, data: SimData | None = None, ahead: int = 0
+    ) -> None:
         self.policy = policy or RunPolicy()
-        self.hide = hide
+        self.hide, self.data, self.ahead = hide, data, ahead
         self.now = 100.0
         self.journal: list[Record] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -700,7 +771,8 @@ class World:
 
     def start(self, name: str) -> SimPeer:
         """A new life of this name; an older one may still be running."""
-        peer = SimPeer(name, 1000 + len(self.peers), hidden=self.hide and name in HIDDEN)
+        hidden = self.hide and name in HIDDEN
+        peer = SimPeer(name, 1000 + len(self.peers), hidden=hidden, data=self.data, ahead=self.ahead)
         self.peers[peer.incarnation] = peer
         self.up[peer.incarnation], self.down[peer.incarnation] = deque(), deque()
         peer.join()
@@ -757,7 +829,8 @@ class World:
             peer.receive(message, self.now)
             for slot, old in zip(peer.slots.values(), before, strict=True):
                 if slot.start is not None and slot.start is not old:
-                    self.ledger.deposit(slot.start, slot)
+                    assert slot.proposal is not None
+                    self.ledger.deposit(slot.start, slot, peer.offered.get(slot.proposal.sequence))
             self.flush(peer)
 
     def lives(self, member: Member) -> SimPeer | None:
@@ -891,6 +964,16 @@ class World:
         held = max((version for peer in living for version in peer.states), default=-1)
         kept = {digest for peer in living for digest in (*peer.results.values(), peer.slots[OUTER].result)}
         return held >= 0 and all(self.ledger.digests[v] in kept for v in range(held + 1, self.ledger.version + 1))
+
+    def check_audit(self) -> None:
+        """The account of the journal says of itself what the ledger has seen."""
+        assert self.membership is not None
+        epochs = audit(self.journal)
+        assert epochs == self.membership.account.report()
+        assert sum(epoch.committed for epoch in epochs) == self.ledger.tokens
+        assert all((epoch.twice, epoch.missing, epoch.partial) == (0, 0, 0) for epoch in epochs)
+        if self.membership.progress.finished and self.data:
+            assert len(epochs) == self.data.epochs and all(epoch.complete for epoch in epochs)
 
     def check_agreement(self) -> None:
         """Those that hold the same version hold the same state."""

@@ -9,8 +9,8 @@ import pytest
 import simulation
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from schedules import finish, play, schedules
-from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimPeer, World
+from schedules import finish, play, schedules, use_up
+from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimData, SimPeer, World
 
 from collectives.records import LinkFailure, Member
 from collectives.tuning import FINEST
@@ -971,7 +971,7 @@ def test_other_data_is_refused_naming_both() -> None:
     assert answer.error == "ParityError" and "61" in answer.reason and "60" in answer.reason
 
 
-@pytest.mark.parametrize("samples, shard_size, epochs", [(-1, 6, 0), (60, 0, 0), (60, -1, 0), (60, 6, -1)])
+@pytest.mark.parametrize("samples, shard_size, epochs", [(-2, 6, 0), (60, 0, 0), (60, -1, 0), (60, 6, -1)])
 def test_impossible_data_is_refused_and_not_remembered(samples: int, shard_size: int, epochs: int) -> None:
     world = World()
     peer = world.start("a")
@@ -999,6 +999,15 @@ def test_no_schedule_breaks_a_promise_under_other_policies(
     schedule: list[tuple[str, int]], quorum: float, attempts: int
 ) -> None:
     finish(play(World(RunPolicy(quorum=quorum, max_attempts=attempts)), schedule, warm=True))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(schedule=schedules, warm=st.booleans(), ahead=st.integers(0, 3), stream=st.sampled_from([0, 0, 18, 31]))
+def test_no_schedule_loses_a_sample_or_counts_one_twice(
+    schedule: list[tuple[str, int]], warm: bool, ahead: int, stream: int
+) -> None:
+    """Joins, leaves, deaths, evictions, restarts: the journal's audit finds each sample of both epochs once."""
+    use_up(play(World(data=SimData(epochs=2, stream=stream), ahead=ahead), schedule, warm=warm))
 
 
 def test_no_schedule_breaks_a_promise_on_trees_and_rings() -> None:

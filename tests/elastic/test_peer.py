@@ -193,7 +193,7 @@ def test_a_late_second_answer_about_shards_does_not_pass_for_the_next_one(run: R
     peer = run.join("p0")
     data = peer.shards(range(100), batch_size=5, shard_size=10, epochs=1)  # type: ignore[arg-type]
     read = [*next(data).tolist(), *next(data).tolist()]
-    peer._leases.put(dataclasses.replace(peer._ask_for_leases(()), shards={7: 0}, spent=True, sequence=1))
+    peer.data.inbox.put(dataclasses.replace(peer.data.ask(), shards={7: 0}, spent=True, sequence=1))
     read += [index for batch in data for index in batch.tolist()]
     assert sorted(read) == list(range(100))
 
