@@ -9,7 +9,7 @@ was as its source sent it, each source is asked what it holds, until one is foun
 from __future__ import annotations
 
 import contextlib
-import errno
+import ctypes
 import queue
 import random
 import selectors
@@ -46,6 +46,8 @@ _GROW_SECONDS, _GROW_TRIPS, _GAIN, _QUEUES = 0.5, 8.0, 1.15, 1.2
 MOST_LANES = 32
 _HEDGE_SECONDS = 0.005
 _MOST_FACTS = 4096
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14; it changes nothing that has been written
+_WORTH_WARMING, _WARMED = 32 << 20, 4 << 20
 
 Progressing = Callable[[int, int], None]
 
@@ -98,14 +100,22 @@ class Partial:
     def begin(self, digest: str) -> None:
         """Forgets what belongs to another blob."""
         if self.digest != digest:
-            self.__init__()  # type: ignore[misc]
+            self.forget()
+            self.sources.clear()
             self.digest = digest
 
-    def measure(self, size: int, into: memoryview | None) -> None:
-        """Makes room, once the size is known. Fresh memory unless `into` has exactly this size."""
+    def forget(self) -> None:
+        """Nothing of what has come is worth keeping."""
+        self.ranges, self.data = None, memoryview(b"")
+        self.sums.clear()
+        self._hasher, self._hashed = xxh3_128(), 0
+
+    def measure(self, size: int, into: memoryview | None) -> bool:
+        """Makes room, once the size is known: `into` if it has exactly this size, else fresh memory (then True)."""
         self.ranges = Ranges(size)
         fits = into is not None and len(into) == size
         self.data = into if fits and into is not None else np.empty(size, dtype=np.uint8).data.cast("B")
+        return not fits
 
     def lacks(self, span: Span) -> bool:
         """Whether this range may still land."""
@@ -244,6 +254,7 @@ class _Source:
     tries: int = 0
     busy: float = 0.0
     full: bool = False
+    size: int = 0
     measured_at: float = 0.0
     best: float = 0.0
 
@@ -298,7 +309,7 @@ class Fetch:
         self._rope.setblocking(False)
         self._dialled: queue.SimpleQueue[tuple[_Source, list[socket.socket] | Exception]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._stopped = False
+        self._stopped = self._finished = False
         self._looked = 0.0
         self._shown = -1
 
@@ -306,12 +317,17 @@ class Fetch:
         """The whole blob, verified; FetchError otherwise."""
         self._selector.register(self._bell, selectors.EVENT_READ)
         try:
-            while not self._ended():
-                self._look()
-                for key, _ in self._selector.select(_LOOK_SECONDS):
-                    self._on(key.data)
-                self._show(progress)
-            return self._conclude()
+            while True:
+                while not self._ended():
+                    self._look()
+                    for key, _ in self._selector.select(_LOOK_SECONDS):
+                        self._on(key.data)
+                    self._show(progress)
+                if not self._complete():
+                    raise FetchError(f"{self._key!r} could not be fetched: {self._why()}")
+                if self._partial.is_right() or self._find_right_one():
+                    return self._partial.data
+                self._begin_anew()
         finally:
             self._close()
 
@@ -325,6 +341,7 @@ class Fetch:
             self._rope.send(b"!")
 
     def _close(self) -> None:
+        self._finished = True
         for source in self._sources:
             if source.dialling is not None:
                 source.dialling.stop()
@@ -351,16 +368,20 @@ class Fetch:
         over = all(source.over for source in self._sources)
         return self._complete() or self._stopped or over or time.monotonic() >= self._deadline
 
-    def _conclude(self) -> memoryview:
-        partial = self._partial
-        if not self._complete():
-            raise FetchError(f"{self._key!r} could not be fetched: {self._why()}")
-        if not partial.is_right() and not self._find_right_one():
-            partial.digest = ""  # nothing of it is worth keeping
-            raise FetchError(
-                f"{self._key!r} arrived, but its xxh3-128 is not {self._digest}: {self._why()}: wrong bytes are served"
-            )
-        return partial.data
+    def _begin_anew(self) -> None:
+        """All sources of this size were wrong: those that said another one may be right. FetchError if none did."""
+        partial, said = self._partial, self._partial.size
+        why = self._why()
+        partial.forget()
+        others = [source for source in self._sources if source.size != said and not source.record.wrong]
+        if not others:
+            wanted = f"its xxh3-128 is not {self._digest}"
+            raise FetchError(f"{self._key!r} arrived, but {wanted}: wrong bytes are served: {why}")
+        for source in self._sources:
+            for lane in list(source.lanes):
+                self._abandon(lane)
+            source.again_at, source.tries = (0.0, 0) if source in others else (None, 0)
+        self._shown = -1
 
     def _why(self) -> str:
         reasons = [f"{name}: {each.trouble}" for name, each in sorted(self._partial.sources.items()) if each.trouble]
@@ -394,9 +415,24 @@ class Fetch:
             self._dialled.put((source, found))
             self._ring()
 
-        thread = threading.Thread(target=work, name=f"fetch-{source.member.name}", daemon=True)
+        self._begin(work, source.member.name)
+
+    def _begin(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=f"fetch-{name}", daemon=True)
         self._threads.append(thread)
         thread.start()
+
+    def _warm(self) -> None:
+        """Has the system hand out the second half of fresh memory while the first half fills.
+
+        Handing it out takes as long as receiving into it, and far longer on a virtual machine that has to ask its host.
+        """
+        data = np.frombuffer(self._partial.data, dtype=np.uint8)
+        madvise = ctypes.CDLL(None).madvise
+        first = -(-(data.ctypes.data + len(data) // 2) // _WARMED) * _WARMED
+        for address in range(first, data.ctypes.data + len(data) - _WARMED, _WARMED):
+            if self._finished or madvise(ctypes.c_void_p(address), ctypes.c_size_t(_WARMED), _POPULATE_WRITE):
+                return  # older systems cannot
 
     def _welcome(self) -> None:
         """What has been dialled since."""
@@ -516,9 +552,10 @@ class Fetch:
             raise _Wrong(f"it holds another version, {digest}")
         lane.opened = True
         source = lane.source
-        source.busy, source.record.trouble = 0.0, ""
+        source.busy, source.size, source.record.trouble = 0.0, size, ""
         if self._partial.ranges is None:
-            self._partial.measure(size, self._into)
+            if self._partial.measure(size, self._into) and size >= _WORTH_WARMING:
+                self._begin(self._warm, "warm")
         elif self._partial.size != size:
             raise _Wrong(f"its size {size} differs from the {self._partial.size} that another source said")
         for other in self._lanes():
@@ -616,7 +653,7 @@ class Fetch:
             lane.measure(now - self._looked)
             silent = now - lane.heard if lane.flights or not lane.opened else 0.0
             if silent > GIVE_UP_SECONDS:
-                self._lose(lane, TimeoutError(errno.ETIMEDOUT, f"silent for {GIVE_UP_SECONDS:g} s"))
+                self._lose(lane, TimeoutError(f"silent for {GIVE_UP_SECONDS:g} s"))
             elif silent > max(SILENT_SECONDS, 4 * lane.rtt):
                 self._release(lane)
         self._looked = now

@@ -52,9 +52,7 @@ class Kind(enum.IntEnum):
     STRIPES = 17  # "I could use so many stripes", to whoever dialled; chunk: how many
     TRAIL = 18  # nothing; what it is for: links.Link._is_last
     BUSY = 19  # "no room for this connection: come again, or go on with those that you have"
-    SUMS = (
-        20  # asks for checksums of ranges; payload: their number, offsets, lengths; key. Answer: 8 bytes each
-    )
+    SUMS = 20  # asks for checksums of ranges; payload: their number, offsets, lengths; key. Answer: 8 bytes each
 
 
 class Refusal(enum.IntEnum):

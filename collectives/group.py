@@ -71,7 +71,7 @@ class LinkStatistics:
 class GroupStatistics:
     """Counts since the group was made. Totals include dead links; bytes_served went to fetchers, beside the links.
 
-    fetchers: connections on which somebody fetches from here now.
+    fetchers: connections on which somebody fetches from here now. turned_away: those for which there was no room.
     """
 
     links: tuple[LinkStatistics, ...]
@@ -79,6 +79,7 @@ class GroupStatistics:
     bytes_received: int
     bytes_served: int
     fetchers: int
+    turned_away: int
     done: int
     failed: int
     stale_frames: int
@@ -694,6 +695,7 @@ class Group:
                 bytes_received=self._received + sum(record.bytes_received for record in records),
                 bytes_served=self._library.bytes_served,
                 fetchers=self._library.fetchers,
+                turned_away=self._library.turned_away,
                 done=self._done,
                 failed=self._failed,
                 stale_frames=self._stale + sum(link.stale_frames for link in links),

@@ -124,7 +124,7 @@ class Library:
         self._turn: _Guest | None = None
         self._turn_ends = 0.0
         self._open = True
-        self.bytes_served = 0
+        self.bytes_served = self.turned_away = 0
 
     def publish(self, key: str, blob: Blob) -> None:
         """Serve a blob; one of the same key is withdrawn first."""
@@ -180,6 +180,7 @@ class Library:
 
     def _see_off(self, guest: _Guest) -> None:
         """It is told to leave once it has what is being sent, and closes first: so nothing on its way to it is lost."""
+        self.turned_away += 1
         guest.leaving, guest.moved = True, time.monotonic()
         guest.asked.clear()
         guest.pending.append(self._header(Kind.BUSY))
