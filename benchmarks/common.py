@@ -52,9 +52,11 @@ def launch_here(command: list[str], options: dict[str, Any]) -> subprocess.Popen
 
 
 class Worker:
-    """One process of `benchmarks.worker`: takes orders and answers them, one JSON line each."""
+    """One process of `benchmarks.worker`, or of another module: takes orders and answers them, one JSON line each."""
 
-    def __init__(self, name: str, launch: Launch = launch_here, interface: str = "lo") -> None:
+    def __init__(
+        self, name: str, launch: Launch = launch_here, interface: str = "lo", module: str = "benchmarks.worker"
+    ) -> None:
         self.name = name
         self._said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by kill()
@@ -66,7 +68,7 @@ class Worker:
             "cwd": ROOT,
             "env": {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface},
         }
-        self.process = launch([sys.executable, "-m", "benchmarks.worker", name], options)
+        self.process = launch([sys.executable, "-m", module, name], options)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

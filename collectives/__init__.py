@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collectives.fetching import FetchError, Partial, SourceRecord
     from collectives.frames import FrameError
     from collectives.group import Group, GroupStatistics, LinkStatistics
     from collectives.records import (
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         Start,
     )
     from collectives.sockets import LinkOptions
-    from collectives.transfer import FetchError
 
 _HOMES = {
     **dict.fromkeys(
@@ -36,7 +36,7 @@ _HOMES = {
     "Start": "records",
     "FrameError": "frames",
     "LinkOptions": "sockets",
-    "FetchError": "transfer",
+    **dict.fromkeys(("FetchError", "Partial", "SourceRecord"), "fetching"),
     **dict.fromkeys(("Group", "GroupStatistics", "LinkStatistics"), "group"),
 }
 
@@ -55,7 +55,9 @@ __all__ = [
     "LinkStatistics",
     "Member",
     "OperationRecord",
+    "Partial",
     "Progress",
+    "SourceRecord",
     "Start",
 ]
 

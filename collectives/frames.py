@@ -42,8 +42,8 @@ class Kind(enum.IntEnum):
     BYE = 7  # the last frame on a stripe that closes in good order
     STAT = 8  # asks for the size of a published blob; payload: its key
     SIZE = 9  # the answer; payload: its size and digest
-    GET = 10  # asks for a range; payload: offset, length, key
-    PART = 11  # the range
+    GET = 10  # asks for a range; payload: offset, length, key; chunk: a number
+    PART = 11  # the range; chunk: that number
     MISSING = 12  # there is no such blob here
     CREDIT = 13  # "so many of your parts have been added: send more"; chunk: how many
     MEMORY = 14  # "my payloads may lie in this memory"; payload: how to find it (shared.Outbox.announcement)
@@ -51,6 +51,8 @@ class Kind(enum.IntEnum):
     SLOTS = 16  # "there are free slots in your memory again"
     STRIPES = 17  # "I could use so many stripes", to whoever dialled; chunk: how many
     TRAIL = 18  # nothing; what it is for: links.Link._is_last
+    BUSY = 19  # "no room for this connection: come again, or go on with those that you have"
+    SUMS = 20  # asks for checksums of ranges; payload: their number, offsets, lengths; key. Answer: 8 bytes each
 
 
 class Refusal(enum.IntEnum):

@@ -19,6 +19,7 @@ import torch
 
 from collectives import exchange, frames, patterns
 from collectives.exchange import Attempt, Observer, Part
+from collectives.fetching import Fetch, Partial, Progressing
 from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
 from collectives.handshake import Dialling, Porter, Self, probe
 from collectives.links import Array, Link, Outgoing, Pool, Stripe
@@ -32,7 +33,7 @@ from collectives.sockets import (
     format_address,
     parse_address,
 )
-from collectives.transfer import Blob, Fetch, Library
+from collectives.transfer import Blob, Library
 
 _REMEMBERED = 256
 _SERVED = 8
@@ -68,12 +69,17 @@ class LinkStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStatistics:
-    """Counts since the group was made. Totals include dead links; bytes_served went to fetchers, beside the links."""
+    """Counts since the group was made. Totals include dead links; bytes_served went to fetchers, beside the links.
+
+    fetchers: connections on which somebody fetches from here now. turned_away: those for which there was no room.
+    """
 
     links: tuple[LinkStatistics, ...]
     bytes_sent: int
     bytes_received: int
     bytes_served: int
+    fetchers: int
+    turned_away: int
     done: int
     failed: int
     stale_frames: int
@@ -128,7 +134,7 @@ class Group:
         self._aborts: OrderedDict[Key, Abort] = OrderedDict()
         self._closed = False
         self._done = self._failed = self._stale = self._corrupt = self._sent = self._received = 0
-        self._library = Library(self._self)
+        self._library = Library(self._self, self._exchanging)
         self._porter = Porter(listen, self._self, self)
         try:
             self.addresses = _addresses(self._porter.ports, advertise)
@@ -372,9 +378,13 @@ class Group:
                 return
         self._establish(member, sockets, link)
 
-    def fetcher(self, sock: socket.socket) -> bool:
+    def fetcher(self, incarnation: int, sock: socket.socket) -> None:
         """Somebody wants to fetch."""
-        return self._library.serve(sock)
+        self._library.serve(incarnation, sock)
+
+    def _exchanging(self) -> bool:
+        """Whether an attempt is under way."""
+        return any(not attempt.finished for attempt in list(self._attempts.values()))
 
     def sweep(self) -> None:
         """Bury dead links, look at live ones, let go of what nobody asked for."""
@@ -644,29 +654,33 @@ class Group:
         *,
         digest: str,
         timeout: float,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> bytearray:
+        progress: Progressing | None = None,
+        partial: Partial | None = None,
+        into: memoryview | None = None,
+    ) -> memoryview:
         """The blob under `key`, from all sources at once; goes on as long as one of them lives.
 
-        progress: called in this thread with (bytes here, bytes in all). FetchError when no source is left, when the
-        time is up, or when the whole does not have this digest.
+        Its bytes are the caller's, and may be written. digest: its xxh3-128, hexadecimal. timeout: seconds for all of
+        it. progress: called in this thread with (bytes here, bytes in all), at most a hundred times. partial: keeps
+        what has come if this fails, for a next call with the same digest, and says what each source gave; also of one
+        that served wrong bytes while another had the right ones. into: memory to receive into, used if it has exactly
+        the blob's size; garbage after an error.
+
+        A source that is silent for a second has what it owes asked of others, and is given up after ten; one that dies
+        or withdraws the blob is done without. FetchError when no source is left, when the time is up, or when none
+        has bytes of this digest.
         """
         reachable = [source for source in sources if source.addresses]
-        fetch = Fetch(self._self, key, reachable, digest, timeout, self._connections(reachable))
+        fixed = self.options.fixed_stripes
         with self._lock:
             self._check_open()
+            fetch = Fetch(self._self, key, reachable, digest, timeout, fixed, partial, into)
             self._fetches.add(fetch)
         try:
             return fetch.run(progress)
         finally:
             with self._lock:
                 self._fetches.discard(fetch)
-
-    def _connections(self, sources: Sequence[Member]) -> int:
-        """How many to fetch by from each source: as many as the links to them have come to."""
-        with self._lock:
-            links = [self._links.get(source.incarnation) for source in sources]
-        return self.options.fixed_stripes or max(2, *(len(link.stripes) for link in links if link is not None), 2)
 
     # The end.
 
@@ -680,6 +694,8 @@ class Group:
                 bytes_sent=self._sent + sum(record.bytes_sent for record in records),
                 bytes_received=self._received + sum(record.bytes_received for record in records),
                 bytes_served=self._library.bytes_served,
+                fetchers=self._library.fetchers,
+                turned_away=self._library.turned_away,
                 done=self._done,
                 failed=self._failed,
                 stale_frames=self._stale + sum(link.stale_frames for link in links),

@@ -324,8 +324,8 @@ class House(Protocol):
     def joined(self, incarnation: int, link: int, sock: socket.socket) -> None:
         """One more stripe for a link that is there."""
 
-    def fetcher(self, sock: socket.socket) -> bool:
-        """Somebody wants to fetch; False if there is no room."""
+    def fetcher(self, incarnation: int, sock: socket.socket) -> None:
+        """Somebody wants to fetch; the house now owns the socket."""
 
     def sweep(self) -> None:
         """Twice a second, and when woken."""
@@ -493,8 +493,7 @@ class Porter:
             return
         tune_data(sock, self._me.options, stripe=hello.purpose in _STRIPES)
         if hello.purpose is Purpose.FETCH:
-            if not self._house.fetcher(sock):
-                sock.close()
+            self._house.fetcher(incarnation, sock)
             return
         if hello.purpose is Purpose.STRIPE:
             self._house.joined(incarnation, hello.link, sock)

@@ -1,39 +1,45 @@
-"""Immutable blobs: published by some peers, fetched by others in ranges, from several sources at once.
+"""Immutable blobs that a peer serves to whoever fetches them: one thread, however many come.
 
-Fetching has connections of its own, so that it never stands in the way of an exchange. Ranges go to whichever source
-is free; those of a source that dies go to the others; when nothing else is left to ask for, idle sources ask again for
-what the slow ones still owe. Every range is checked on arrival, and the whole at the end.
+Serving stands back behind training: connections are shared out fairly among those who fetch, and while an exchange runs
+here only one connection sends at a time, so that it takes little of what the peer's links carry. Memory can be taken
+back at any time; what was being sent then goes on from a copy.
 """
 
 from __future__ import annotations
 
-import select
+import contextlib
+import selectors
 import socket
 import struct
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from xxhash import xxh3_64, xxh3_128_hexdigest
+from xxhash import xxh3_64
 
 from collectives import frames
-from collectives.frames import HEADER_BYTES, FrameError, Header, Kind, Purpose
-from collectives.handshake import Dialling, Self
-from collectives.records import Member
-from collectives.sockets import Lease, receive_into, remaining, send_all, shut
+from collectives.frames import HEADER_BYTES, FrameError, Header, Kind
+from collectives.handshake import Self
+from collectives.ranges import Span
+from collectives.sockets import shut_writing, skip
 
-_RANGE = struct.Struct("<QI")
-_SIZE = struct.Struct("<Q")
-_IDLE_SECONDS = 60.0
-_AHEAD = 2  # requests in flight per connection: the next one travels while this one arrives
+RANGE = struct.Struct("<QI")
+SIZE = struct.Struct("<Q")
+COUNT = struct.Struct("<I")
+MOST_SUMS = 1024
+_SUM = struct.Struct("<Q")
 _MAX_KEY = 4096
-
-
-class FetchError(OSError):
-    """A blob could not be fetched; the message says what each source answered."""
+_MAX_ASKED = COUNT.size + MOST_SUMS * RANGE.size + _MAX_KEY
+_QUEUED = 64  # requests that wait on one connection
+_IDLE_SECONDS = 60.0
+_STUCK_SECONDS = 20.0  # in which a fetcher takes nothing of what it asked for
+_LINGER_SECONDS = 5.0
+_TURN_SECONDS = 0.2
+_NARROW_SECONDS = 0.02
 
 
 def as_bytes(part: memoryview | bytes | bytearray | torch.Tensor) -> memoryview:
@@ -54,7 +60,6 @@ class Blob:
 
     def __init__(self, parts: Sequence[memoryview | torch.Tensor], digest: str) -> None:
         self.digest = digest
-        self.lease = Lease()
         self._parts = [as_bytes(part) for part in parts]
         self._ends = list(accumulate(len(part) for part in self._parts))
         self.size = self._ends[-1] if self._ends else 0
@@ -68,319 +73,300 @@ class Blob:
                 pieces.append(part[max(0, offset - start) : offset + length - start])
         return pieces
 
+    def sum(self, offset: int, length: int) -> int:
+        """xxh3-64 of [offset, offset + length)."""
+        hasher = xxh3_64()
+        for view in self.views(offset, length):
+            hasher.update(view)
+        return int(hasher.intdigest())
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """One connection. blob: whose memory `pending` points to. moved: when the guest last asked or took something."""
+
+    socket: socket.socket
+    incarnation: int
+    moved: float
+    inbox: bytearray = field(default_factory=bytearray)
+    asked: deque[tuple[Header, bytes]] = field(default_factory=deque)
+    pending: list[bytes | memoryview] = field(default_factory=list)
+    blob: Blob | None = None
+    leaving: bool = False
+    interest: int = selectors.EVENT_READ
+
+    @property
+    def owed(self) -> bool:
+        """Whether it waits for an answer."""
+        return bool(self.pending or (self.asked and not self.leaving))
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a guest that does not move is shown out."""
+        return _LINGER_SECONDS if self.leaving else _STUCK_SECONDS if self.owed else _IDLE_SECONDS
+
 
 class Library:
-    """Serves blobs: one thread per connection, a bounded number of them."""
+    """Serves blobs from one thread, which lives while somebody fetches.
 
-    def __init__(self, me: Self) -> None:
-        self._me = me
+    busy: whether an exchange is running here.
+    """
+
+    def __init__(self, me: Self, busy: Callable[[], bool] = lambda: False) -> None:
+        self._me, self._busy = me, busy
         self._lock = threading.Lock()
         self._blobs: dict[str, Blob] = {}
-        self._servers: dict[threading.Thread, socket.socket] = {}
+        self._guests: dict[socket.socket, _Guest] = {}
+        self._thread: threading.Thread | None = None
+        self._bell, self._rope = socket.socketpair()
+        for each in (self._bell, self._rope):
+            each.setblocking(False)
+        self._turn: _Guest | None = None
+        self._turn_ends = 0.0
         self._open = True
-        self.bytes_served = 0
+        self.bytes_served = self.turned_away = 0
 
     def publish(self, key: str, blob: Blob) -> None:
         """Serve a blob; one of the same key is withdrawn first."""
         if not 0 < len(key.encode()) <= _MAX_KEY:
             raise ValueError(f"a key has 1 to {_MAX_KEY} bytes")
-        self.withdraw(key)
         with self._lock:
+            self._take_back(self._blobs.get(key))
             self._blobs[key] = blob
 
     def withdraw(self, key: str) -> None:
         """Serve it no more; on return nobody reads its memory. An unknown key is no error."""
         with self._lock:
-            blob = self._blobs.pop(key, None)
-        if blob is not None:
-            blob.lease.revoke()
-            blob.lease.wait_unused()
+            self._take_back(self._blobs.pop(key, None))
 
-    def serve(self, sock: socket.socket) -> bool:
-        """Take over a greeted connection; False if there is no room."""
+    def _take_back(self, blob: Blob | None) -> None:
+        for guest in self._guests.values():
+            if blob is not None and guest.blob is blob:
+                guest.pending, guest.blob = [b"".join(guest.pending)], None
+
+    @property
+    def fetchers(self) -> int:
+        """Connections on which somebody fetches now."""
         with self._lock:
-            if not self._open or len(self._servers) >= self._me.options.servers:
-                return False
-            thread = threading.Thread(target=self._work, args=(sock,), name="library", daemon=True)
-            self._servers[thread] = sock
-        thread.start()
+            return sum(not guest.leaving for guest in self._guests.values())
+
+    def serve(self, incarnation: int, sock: socket.socket) -> None:
+        """Take over a greeted connection. Where there is no room it is told so, and comes again."""
+        sock.setblocking(False)
+        guest = _Guest(sock, incarnation, time.monotonic())
+        with self._lock:
+            if not self._open or len(self._guests) >= 2 * self._me.options.servers:
+                sock.close()
+                return
+            if not self._has_room(incarnation):
+                self._see_off(guest)
+            self._guests[sock] = guest
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="library", daemon=True)
+                self._thread.start()
+        self._ring()
+
+    def _has_room(self, incarnation: int) -> bool:
+        """There is, or whoever has most connections gives one up for a fetcher that would still have fewer."""
+        staying = [guest for guest in self._guests.values() if not guest.leaving]
+        if len(staying) < self._me.options.servers:
+            return True
+        shares = Counter(guest.incarnation for guest in staying)
+        [(greedy, most)] = shares.most_common(1)
+        if shares[incarnation] + 1 >= most:
+            return False
+        self._see_off(next(guest for guest in staying if guest.incarnation == greedy))
         return True
+
+    def _see_off(self, guest: _Guest) -> None:
+        """It is told to leave once it has what is being sent, and closes first: so nothing on its way to it is lost."""
+        self.turned_away += 1
+        guest.leaving, guest.moved = True, time.monotonic()
+        guest.asked.clear()
+        guest.pending.append(self._header(Kind.BUSY))
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # full: it has been rung already; closed: nobody is left to hear it
+            self._rope.send(b"!")
 
     def close(self) -> None:
         with self._lock:
             self._open = False
-            servers = dict(self._servers)
-        for sock in servers.values():
-            shut(sock)
-        for thread in servers:
+            thread = self._thread
+        self._ring()
+        if thread is not None:
             thread.join()
         for key in list(self._blobs):
             self.withdraw(key)
+        self._bell.close()
+        self._rope.close()
 
-    def _work(self, sock: socket.socket) -> None:
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        try:
-            while poll.poll(_IDLE_SECONDS * 1000):
-                self._answer(sock)
-        except (OSError, FrameError):
-            return  # the fetcher has gone, or is none: it knows what it misses
-        finally:
-            with self._lock:
-                self._servers.pop(threading.current_thread(), None)
-                sock.close()
+    # --- the thread ---------------------------------------------------------------------------------------------------
 
-    def _answer(self, sock: socket.socket) -> None:
-        header, payload = read_frame(sock, _RANGE.size + _MAX_KEY)
-        if header.kind not in (Kind.STAT, Kind.GET):
-            raise FrameError("only STAT and GET are answered here")
-        asked = header.kind is Kind.GET
-        if asked and len(payload) < _RANGE.size:
-            raise FrameError("a GET without a range")
-        offset, length = _RANGE.unpack_from(payload) if asked else (0, 0)
-        key = bytes(payload[_RANGE.size if asked else 0 :]).decode(errors="replace")
+    def _work(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._bell, selectors.EVENT_READ)
+            try:
+                while self._arrange(selector):
+                    self._attend(selector)
+            finally:
+                self._end()
+
+    def _end(self) -> None:
         with self._lock:
-            blob = self._blobs.get(key)
-        if blob is None or offset + length > blob.size or not blob.lease.acquire():
-            self._send(sock, Kind.MISSING, [])
-        elif asked:
-            self._send(sock, Kind.PART, blob.views(offset, length), header.chunk, blob.lease)
-        else:
-            blob.lease.release()
-            self._send(sock, Kind.SIZE, [memoryview(_SIZE.pack(blob.size) + blob.digest.encode())])
+            for guest in self._guests.values():
+                guest.socket.close()
+            self._guests.clear()
+            if self._thread is threading.current_thread():
+                self._thread = None
 
-    def _send(
-        self, sock: socket.socket, kind: Kind, views: list[memoryview], chunk: int = 0, lease: Lease | None = None
-    ) -> None:
-        hasher = xxh3_64()
-        for view in views:
-            hasher.update(view)
-        length = sum(map(len, views))
+    def _arrange(self, selector: selectors.BaseSelector) -> bool:
+        """Who is listened to, and who may be sent to; False once nobody is left."""
+        now, known = time.monotonic(), selector.get_map()
+        with self._lock:
+            for guest in [guest for guest in self._guests.values() if now - guest.moved > guest.patience]:
+                self._show_out(selector, guest)
+            if not self._open or not self._guests:
+                self._thread = None
+                return False
+            turn = self._whose_turn(now)
+            for sock, guest in self._guests.items():
+                sends = guest.owed and turn in (None, guest)
+                interest = selectors.EVENT_READ | (selectors.EVENT_WRITE if sends else 0)
+                if sock not in known:
+                    selector.register(sock, interest, guest)
+                elif interest != guest.interest:
+                    selector.modify(sock, interest, guest)
+                guest.interest = interest
+        return True
+
+    def _whose_turn(self, now: float) -> _Guest | None:
+        """While an exchange runs: the one guest that may be sent to, each for a frame or a moment; else None."""
+        if not self._busy():
+            self._turn = None
+            return None
+        turn = self._turn
+        if turn is None or not turn.owed or now > self._turn_ends or turn.socket not in self._guests:
+            waiting = [guest for guest in self._guests.values() if guest.owed and guest is not turn]
+            self._turn = min(waiting, key=lambda guest: guest.moved, default=turn)
+            self._turn_ends = now + _TURN_SECONDS
+        return self._turn
+
+    def _attend(self, selector: selectors.BaseSelector) -> None:
+        for key, events in selector.select(_NARROW_SECONDS if self._turn is not None else 1.0):
+            guest: _Guest | None = key.data
+            if guest is None:
+                self._bell.recv(4096)
+                continue
+            try:
+                if events & selectors.EVENT_READ:
+                    self._hear(guest)
+                if guest.interest & selectors.EVENT_WRITE or (self._turn is None and guest.owed):
+                    self._answer(guest)
+            except BlockingIOError:
+                continue
+            except (OSError, FrameError):  # it has gone, or is none of ours: it knows what it misses
+                with self._lock:
+                    self._show_out(selector, guest)
+
+    def _show_out(self, selector: selectors.BaseSelector, guest: _Guest) -> None:
+        if self._guests.pop(guest.socket, None) is not None:
+            if guest.socket in selector.get_map():
+                selector.unregister(guest.socket)
+            guest.socket.close()
+
+    # --- one guest ----------------------------------------------------------------------------------------------------
+
+    def _hear(self, guest: _Guest) -> None:
+        data = guest.socket.recv(1 << 16)
+        if not data:
+            raise OSError("the fetcher has left")
+        if guest.leaving:
+            return
+        guest.moved = time.monotonic()
+        guest.inbox += data
+        while (request := _cut_off(guest.inbox)) is not None:
+            guest.asked.append(request)
+        if len(guest.asked) > _QUEUED:
+            raise FrameError("too many requests at once")
+
+    def _answer(self, guest: _Guest) -> None:
+        """Sends as much as the kernel takes of one frame."""
+        with self._lock:
+            if not guest.pending and guest.asked:
+                guest.pending = self._reply(guest, *guest.asked.popleft())
+            if not guest.pending:
+                return
+            sent = guest.socket.sendmsg(guest.pending, [], socket.MSG_NOSIGNAL)
+            skip(guest.pending, sent)
+            guest.moved = time.monotonic()
+            self.bytes_served += sent
+            if guest.pending:
+                return
+            guest.blob = None
+            if guest is self._turn:
+                self._turn_ends = 0.0
+        if guest.leaving:
+            shut_writing(guest.socket)
+
+    def _reply(self, guest: _Guest, header: Header, payload: bytes) -> list[bytes | memoryview]:
+        spans, key = parse(header.kind, payload)
+        blob = self._blobs.get(key)
+        if blob is None or any(offset + length > blob.size for offset, length in spans):
+            return [self._header(Kind.MISSING)]
+        if header.kind is Kind.SUMS:
+            sums = b"".join(_SUM.pack(blob.sum(*span)) for span in spans)
+            return [self._header(Kind.SUMS, sums), sums]
+        if header.kind is Kind.STAT:
+            facts = SIZE.pack(blob.size) + blob.digest.encode()
+            return [self._header(Kind.SIZE, facts), facts]
+        [(offset, length)] = spans
+        guest.blob = blob
+        part = self._encode(Kind.PART, length, blob.sum(offset, length), header.chunk)
+        return [part, *blob.views(offset, length)]
+
+    def _header(self, kind: Kind, payload: bytes = b"") -> bytes:
+        return self._encode(kind, len(payload), frames.checksum(payload))
+
+    def _encode(self, kind: Kind, length: int, digest: int, chunk: int = 0) -> bytes:
         me = self._me
-        header = frames.encode(
-            kind, run=me.run, incarnation=me.incarnation, chunk=chunk, length=length, digest=hasher.intdigest()
-        )
-        send_all(sock, [header, *views], lease)
-        with self._lock:
-            self.bytes_served += len(header) + length
+        return frames.encode(kind, run=me.run, incarnation=me.incarnation, chunk=chunk, length=length, digest=digest)
 
 
-def read_frame(sock: socket.socket, limit: int) -> tuple[Header, memoryview]:
-    """A small frame, whole and verified."""
-    data = memoryview(bytearray(HEADER_BYTES))
-    receive_into(sock, data)
-    header = frames.decode(data)
-    if header.length > limit:
-        raise FrameError(f"a payload of {header.length} bytes where at most {limit} make sense")
-    payload = memoryview(bytearray(header.length))
-    receive_into(sock, payload)
+def _cut_off(inbox: bytearray) -> tuple[Header, bytes] | None:
+    """The first whole request is taken off, verified; None while there is none. FrameError if it cannot be one."""
+    if len(inbox) < HEADER_BYTES:
+        return None
+    header = frames.decode(inbox[:HEADER_BYTES])
+    if header.kind not in (Kind.STAT, Kind.GET, Kind.SUMS) or header.length > _MAX_ASKED:
+        raise FrameError("only STAT, GET and SUMS are answered here")
+    end = HEADER_BYTES + header.length
+    if len(inbox) < end:
+        return None
+    payload = bytes(inbox[HEADER_BYTES:end])
+    del inbox[:end]
     if frames.checksum(payload) != header.checksum:
         raise FrameError("payload checksum mismatch")
     return header, payload
 
 
-class Fetch:
-    """One blob on its way here."""
+def request(kind: Kind, key: str, spans: Sequence[Span] = ()) -> bytes:
+    """The payload that asks for these spans of `key`: one for a GET, up to MOST_SUMS for SUMS, none for a STAT."""
+    count = COUNT.pack(len(spans)) if kind is Kind.SUMS else b""
+    return count + b"".join(RANGE.pack(begin, end - begin) for begin, end in spans) + key.encode()
 
-    def __init__(
-        self, me: Self, key: str, sources: Sequence[Member], digest: str, timeout: float, connections: int
-    ) -> None:
-        self._me, self._key, self._digest = me, key, digest
-        self._deadline = time.monotonic() + timeout
-        self._condition = threading.Condition()
-        self._data: bytearray | None = None
-        self._step = 0
-        self._todo: deque[int] = deque()
-        self._takers: dict[int, int] = {}
-        self._done = 0
-        self._reasons: dict[str, str] = {}
-        self._over = False
-        self._sockets: list[socket.socket] = []
-        self._dials = [
-            Dialling(me, source, Purpose.FETCH, 1, timeout) for source in sources for _ in range(max(1, connections))
-        ]
-        names = [source.name for source in sources for _ in range(max(1, connections))]
-        self._alive = len(self._dials)
-        self._threads = [
-            threading.Thread(target=self._work, args=(dial, name), name=f"fetch-{name}", daemon=True)
-            for dial, name in zip(self._dials, names, strict=True)
-        ]
 
-    def run(self, progress: Callable[[int, int], None] | None) -> bytearray:
-        """The whole blob, verified; FetchError otherwise."""
-        for thread in self._threads:
-            thread.start()
-        try:
-            self._wait(progress)
-        finally:
-            self.stop()
-            for thread in self._threads:
-                thread.join()
-        if self._data is None or self._takers:
-            raise FetchError(f"{self._key!r} could not be fetched: {self._why()}")
-        if xxh3_128_hexdigest(self._data) != self._digest:
-            raise FetchError(
-                f"{self._key!r} arrived, but its xxh3-128 is not {self._digest}: a source serves wrong bytes"
-            )
-        return self._data
-
-    def stop(self) -> None:
-        """End it from any thread."""
-        with self._condition:
-            self._over = True
-            self._condition.notify_all()
-            for sock in self._sockets:
-                shut(sock)
-        for dial in self._dials:
-            dial.stop()
-
-    def _why(self) -> str:
-        reasons = [f"{name}: {reason}" for name, reason in sorted(self._reasons.items())]
-        if time.monotonic() >= self._deadline:
-            reasons.append("the time is up")
-        return "; ".join(reasons) or "there is no source"
-
-    def _wait(self, progress: Callable[[int, int], None] | None) -> None:
-        shown = -1
-        while True:
-            with self._condition:
-                while not (ended := self._ended()) and self._done == shown:
-                    self._condition.wait(min(1.0, max(0.01, self._deadline - time.monotonic())))
-                shown, total = self._done, len(self._data) if self._data is not None else 0
-            if progress is not None and self._data is not None:
-                progress(shown, total)
-            if ended:
-                return
-
-    def _ended(self) -> bool:
-        complete = self._data is not None and not self._takers
-        return complete or self._over or not self._alive or time.monotonic() >= self._deadline
-
-    def _work(self, dial: Dialling, name: str) -> None:
-        mine: deque[tuple[int, bool]] = deque()
-        try:
-            [sock] = dial.connect()
-            with sock:
-                with self._condition:
-                    self._sockets.append(sock)
-                try:
-                    self._open_source(sock)
-                    self._pull(sock, mine)
-                finally:
-                    with self._condition:
-                        self._sockets.remove(sock)
-        except (OSError, FrameError) as error:
-            self._gone(name, str(error) or type(error).__name__, mine)
-        else:
-            self._gone(name, "", mine)
-
-    def _gone(self, name: str, reason: str, mine: deque[tuple[int, bool]]) -> None:
-        with self._condition:
-            self._alive -= 1
-            if reason and not self._over:
-                self._reasons[name] = reason
-            for index, _ in mine:
-                if index in self._takers:
-                    self._takers[index] -= 1
-                    if not self._takers[index]:
-                        self._todo.appendleft(index)
-            self._condition.notify_all()
-
-    def _send(self, sock: socket.socket, kind: Kind, payload: bytes, chunk: int = 0) -> None:
-        me = self._me
-        header = frames.encode(
-            kind,
-            run=me.run,
-            incarnation=me.incarnation,
-            chunk=chunk,
-            length=len(payload),
-            digest=frames.checksum(payload),
-        )
-        send_all(sock, [header, payload])
-
-    def _open_source(self, sock: socket.socket) -> None:
-        """Ask for the size; refuse a source that holds something else under this key."""
-        self._send(sock, Kind.STAT, self._key.encode())
-        header, payload = read_frame(sock, 4096)
-        if header.kind is not Kind.SIZE or len(payload) < _SIZE.size:
-            raise FrameError("it has no such key")
-        [size] = _SIZE.unpack_from(payload)
-        digest = bytes(payload[_SIZE.size :]).decode(errors="replace")
-        if digest != self._digest:
-            raise FrameError(f"it holds another version, {digest}")
-        with self._condition:
-            if self._data is None:
-                self._plan(size)
-            if self._data is not None and len(self._data) != size:
-                raise FrameError(f"its size {size} differs from what another source said")
-            self._condition.notify_all()
-
-    def _plan(self, size: int) -> None:
-        """Ranges large enough to be efficient, and enough of them to share out. Under the condition."""
-        self._step = min(4 << 20, max(64 << 10, -(-size // (8 * len(self._dials)))))
-        self._data = bytearray(size)
-        self._todo.extend(range(-(-size // self._step)))
-        self._takers = dict.fromkeys(self._todo, 0)
-
-    def _pull(self, sock: socket.socket, mine: deque[tuple[int, bool]]) -> None:
-        while True:
-            while len(mine) < _AHEAD and (job := self._next(mine)) is not None:
-                mine.append(job)
-                offset, length = self._span(job[0])
-                self._send(sock, Kind.GET, _RANGE.pack(offset, length) + self._key.encode(), job[0])
-            if not mine:
-                return
-            self._receive(sock, *mine[0])
-            mine.popleft()
-
-    def _span(self, index: int) -> tuple[int, int]:
-        assert self._data is not None, "ranges exist once the size is known"
-        offset = index * self._step
-        return offset, min(self._step, len(self._data) - offset)
-
-    def _next(self, mine: deque[tuple[int, bool]]) -> tuple[int, bool] | None:
-        """A range that nobody has asked for; an idle source waits, or repeats what another one still owes."""
-        with self._condition:
-            while not self._over and self._takers:
-                if self._todo:
-                    index = self._todo.popleft()
-                    if index not in self._takers:
-                        continue  # it came back from a dead source after another had brought it
-                    self._takers[index] += 1
-                    return index, True
-                if mine:
-                    return None
-                index = min(self._takers, key=self._takers.__getitem__)
-                if self._takers[index] < 2:
-                    self._takers[index] += 1
-                    return index, False
-                self._condition.wait(1.0)
-            return None
-
-    def _receive(self, sock: socket.socket, index: int, first: bool) -> None:
-        """One range. Only the first to ask for it may receive in place."""
-        header = self._part_header(sock, index)
-        offset, length = self._span(index)
-        if header.length != length:
-            raise FrameError("a range of the wrong length")
-        assert self._data is not None, "ranges exist once the size is known"
-        place = memoryview(self._data)[offset : offset + length]
-        view = place if first else memoryview(bytearray(length))
-        receive_into(sock, view)
-        if frames.checksum(view) != header.checksum:
-            raise FrameError(f"checksum mismatch in bytes {offset} to {offset + length}")
-        with self._condition:
-            if self._takers.pop(index, None) is not None:
-                if not first:
-                    place[:] = view
-                self._done += length
-                self._condition.notify_all()
-
-    def _part_header(self, sock: socket.socket, index: int) -> Header:
-        remaining(self._deadline)
-        data = memoryview(bytearray(HEADER_BYTES))
-        receive_into(sock, data)
-        header = frames.decode(data)
-        if header.kind is not Kind.PART or header.chunk != index:
-            raise FrameError("it no longer has this key")
-        return header
+def parse(kind: Kind, payload: bytes) -> tuple[list[tuple[int, int]], str]:
+    """Offsets with lengths, and the key, of what `request` made. FrameError if it is no such thing."""
+    try:
+        at = COUNT.size if kind is Kind.SUMS else 0
+        count = COUNT.unpack_from(payload)[0] if at else int(kind is Kind.GET)
+        if count > MOST_SUMS:
+            raise FrameError(f"more than {MOST_SUMS} ranges")
+        spans = [RANGE.unpack_from(payload, at + index * RANGE.size) for index in range(count)]
+    except struct.error:
+        raise FrameError("a request without its ranges") from None
+    if kind is Kind.GET and spans[0][1] > frames.MAX_PAYLOAD:
+        raise FrameError("a range that does not fit one frame")
+    key = payload[at + count * RANGE.size :]
+    return [(int(offset), int(length)) for offset, length in spans], key.decode(errors="replace")

@@ -35,7 +35,7 @@ class Version:
         return digest.hexdigest()
 
     @classmethod
-    def from_bytes(cls, number: int, data: bytearray) -> Version:
+    def from_bytes(cls, number: int, data: bytearray | memoryview) -> Version:
         """The inverse of serving [parameters, momentum]. Raises CheckpointMismatch if the length cannot be right."""
         if len(data) % 8:
             raise CheckpointMismatch(f"outer state of {len(data)} bytes is no pair of float32 vectors")
