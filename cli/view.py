@@ -170,7 +170,7 @@ def peer_table(peers: Sequence[PeerRow]) -> Table:
 def peer_cells(peer: PeerRow) -> tuple[Text, ...]:
     """Text, not str: a name with brackets in it is not markup."""
     rate = "-" if peer.tokens_per_second is None else f"{peer.tokens_per_second:,.0f}"
-    state = Text(clean(peer.state), style=STATE_STYLES.get(peer.state, ""))
+    state = Text(clean(peer.state), style=STATE_STYLES.get(peer.state.partition(" ")[0], ""))
     numbers = f"{peer.step:,}", loss_text(peer.loss), rate, str(peer.round), human_bytes(peer.bytes_sent)
     return Text(clean(peer.name)), Text(str(peer.life)), state, *map(Text, numbers), Text(clean(peer.note))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from collectives import FetchError
+from collectives import FetchError, Partial
 
 from ..checkpoints import Checkpoints
 from ..entries import Outer
@@ -145,6 +145,7 @@ class OuterLoop:
         self._opened = False
         self._receiving = False
         self._doubts: list[Doubt] = []
+        self._partial = Partial()
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -540,7 +541,6 @@ class OuterLoop:
         return self._fetch(base, sources)
 
     def _fetch(self, base: Base, sources: list[Any]) -> bool:
-        self.peer.report(state="fetching")
         began = time.monotonic()
         try:
             data = self.peer.group.fetch(
@@ -548,8 +548,11 @@ class OuterLoop:
                 sources,
                 digest=base.state_hash,
                 timeout=self.peer.timeouts.operation,
+                partial=self._partial,
+                progress=lambda here, size: self.peer.report(state=f"fetching {100 * here // max(size, 1)} %"),
             )
-        except FetchError:
+        except FetchError as error:  # what has come by now is kept for the next sources of the same version
+            self.peer.events.emit("state.interrupted", version=base.version, reason=str(error))
             return False
         if len(data) != 8 * self.layout.elements:
             raise CheckpointMismatch(
@@ -563,7 +566,9 @@ class OuterLoop:
             bytes=len(data),
             seconds=round(time.monotonic() - began, 4),
             sources=[member.name for member in sources],
+            given={name: each.bytes for name, each in self._partial.sources.items()},
         )
+        self._partial = Partial()
         return True
 
     # --- for the script -----------------------------------------------------------------------------------------------
