@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from chaos_harness import NAMES, Chaos
+from chaos_harness import Chaos
 from chaos_worker import LR, MOMENTUM, RUN, SEED, SHARD, TOKENS
 
 from elastic.journal import Admitted, Committed, Journal, LoopFounded, Opened
@@ -81,7 +81,7 @@ class Account:
         assert self.chaos.fired() == self.chaos.struck
         admitted = Counter(record.member.name for record in self.records if isinstance(record, Admitted))
         started = Counter(life.label.partition(".")[0] for life in self.chaos.lives)
-        for name in NAMES:
+        for name in self.chaos.names:
             joined = sum(event["event"] == "joined" for life in self.chaos.lives for event in life.events()
                          if life.label.startswith(name + "."))  # fmt: skip
             assert joined <= admitted[name] <= started[name], name
@@ -160,7 +160,7 @@ class Account:
     def check_applied(self) -> None:
         """Whoever applied, fetched or ended with a version had exactly the bytes that the replay has."""
         last = max(self.hashes)
-        for name in NAMES:
+        for name in self.chaos.names:
             for event in lines(self.folder / f"{name}.jsonl"):
                 if event["event"] == "round.applied":
                     assert event["state_hash"] == self.hashes[event["version"]], (name, event)
@@ -171,9 +171,11 @@ class Account:
                     assert event["state_hash"] == self.hashes[event["version"]], (life.label, event)
             if life in self.chaos.now.values() and not life.label.startswith("coordinator"):
                 finals += [event for event in life.events() if event["event"] == "finished"]
-        assert len(finals) == len(NAMES)
-        assert [event["left"] for event in finals] == [[]] * len(NAMES), "samples that nobody counted"
-        assert [event["version"] for event in finals] == [last] * len(NAMES), "who has no data left follows to the end"
+        assert len(finals) == len(self.chaos.names)
+        assert [event["left"] for event in finals] == [[]] * len(self.chaos.names), "samples that nobody counted"
+        assert [event["version"] for event in finals] == [last] * len(self.chaos.names), (
+            "who has no data left follows to the end"
+        )
 
     # --- plain operations ---
 

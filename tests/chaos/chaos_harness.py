@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.wan.wan import Wan
+
 NAMES = ("p0", "p1", "p2", "p3")
 pause = threading.Event().wait
 
@@ -101,20 +103,34 @@ class Server:
 
 
 class Chaos:
-    """One run of four peers and a coordinator. `lives` holds every process there ever was."""
+    """One run of some peers and a coordinator. `lives` holds every process there ever was.
 
-    def __init__(self, server: Server, folder: Path, seed: int, *, samples: int, pace: float) -> None:
+    wan: each process is at a site of its own, named as it is; then paths are cut, too.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        folder: Path,
+        seed: int,
+        *,
+        samples: int,
+        pace: float,
+        names: tuple[str, ...] = NAMES,
+        wan: Wan | None = None,
+    ) -> None:
         self.server, self.folder, self.samples, self.pace = server, folder, samples, pace
+        self.names, self.wan = names, wan
         self.random = random.Random(seed)
         self.lives: list[Process] = []
         self.now: dict[str, Process] = {}
         self.struck = 0
         self.log: list[str] = []
-        self.address = "tcp://127.0.0.1:0"
+        self.address = f"tcp://{wan.addr('coordinator')}:0" if wan else "tcp://127.0.0.1:0"
         self.start("coordinator")
         serving = until(lambda: self.now["coordinator"].events(), "the coordinator")
         self.address = serving[0]["address"]
-        for name in NAMES:
+        for name in names:
             self.start(name)
 
     def start(self, name: str) -> None:
@@ -122,10 +138,16 @@ class Chaos:
         role = "coordinator" if name == "coordinator" else "peer"
         pid = self.server.fork(
             role=role, name=name, label=label, address=self.address, folder=str(self.folder),
-            samples=self.samples, pace=self.pace,
+            samples=self.samples, pace=self.pace, **self.place(name),
         )  # fmt: skip
         self.now[name] = Process(label, pid, self.folder)
         self.lives.append(self.now[name])
+
+    def place(self, name: str) -> dict[str, str]:
+        """Where its process is."""
+        if self.wan is None:
+            return {}
+        return {"listen": f"{self.wan.addr(name)}:0", "namespace": f"/var/run/netns/{self.wan.netns(name)}"}
 
     def look(self) -> None:
         """Fails the test at once if a process has ended that nobody ended."""
@@ -143,7 +165,7 @@ class Chaos:
     def well(self) -> list[str]:
         """Peers that train from a version that is not old."""
         self.look()
-        versions = {name: self.now[name].version() for name in NAMES if not self.now[name].frozen}
+        versions = {name: self.now[name].version() for name in self.names if not self.now[name].frozen}
         newest = max(versions.values(), default=-1)
         return [name for name, version in versions.items() if version >= max(0, newest - 1)]
 
@@ -187,6 +209,21 @@ class Chaos:
         life.frozen = True
         return lambda: self.thaw(life)
 
+    def cut(self, name: str, other: str) -> Callable[[], None]:
+        """Nothing gets through between the two, and nobody is told."""
+        assert self.wan is not None
+        self.wan.cut(name, other)
+        return lambda: self.mend(name, other)
+
+    def mend(self, name: str, other: str) -> None:
+        assert self.wan is not None
+        self.wan.heal(name, other)
+
+    def drops(self) -> int:
+        """Packets that cut paths have swallowed."""
+        assert self.wan is not None
+        return sum(int(link["drop_cut"]) for link in self.wan.links())
+
     def fired(self) -> int:
         path = self.folder / "faults.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
@@ -195,10 +232,13 @@ class Chaos:
 
     def draw(self) -> list[tuple[str, str]]:
         """The next faults, two of them at once now and then; a function of the seed alone."""
-        first, second = self.random.sample(NAMES, 2)
+        first, second = self.random.sample(self.names, 2)
         kinds = ("kill", "freeze", "freeze", "leave", "strike kill", "strike kill", "strike freeze")
         blunt = ("kill", "freeze")
         faults = [(self.random.choice(kinds), first)]
+        if self.wan is not None and self.random.random() < 0.5:
+            other = self.random.choice((second, second, "coordinator"))
+            return [(f"cut {other}", first), *([("kill", second)] if self.random.random() < 0.3 else [])]
         chance = self.random.random()
         if chance < 0.2:
             faults = [(self.random.choice(blunt), "coordinator")]
@@ -210,7 +250,7 @@ class Chaos:
         """Whether at least two peers will hold the state all the while; and whether what is to be struck is there."""
         well = set(self.well())
         struck = {name for kind, name in faults if kind.startswith("strike") or kind == "leave"}
-        return struck <= well and len(well) >= (3 if len(faults) == 1 else len(NAMES))
+        return struck <= well and len(well) >= (3 if len(faults) == 1 else len(self.names))
 
     def strike_once(self) -> None:
         """Draws, carries out, and heals. It goes on as soon as the next one is bearable, not when all is well."""
@@ -221,18 +261,21 @@ class Chaos:
             self.log.append(f"{kind} {name}")
             if kind.startswith("strike "):
                 ends.append(self.strike(name, kind.removeprefix("strike ")))
+            elif kind.startswith("cut "):
+                ends.append(self.cut(name, kind.removeprefix("cut ")))
             else:
                 ends.append({"kill": self.kill, "freeze": self.freeze, "leave": self.leave}[kind](name))
         for (kind, _), end in zip(faults, ends, strict=True):
-            pause(self.random.uniform(0.5, 4.0) if "freeze" in kind else self.random.uniform(0.02, 0.8))
+            lasts = "freeze" in kind or "cut" in kind
+            pause(self.random.uniform(0.5, 4.0) if lasts else self.random.uniform(0.02, 0.8))
             end()
         pause(self.random.uniform(0.0, 0.6))
 
     def finish(self, seconds: float) -> None:
         """Once everybody is well, lets the data be read to its end, and everybody leave."""
-        until(lambda: len(self.well()) == len(NAMES), "everybody's return")
+        until(lambda: len(self.well()) == len(self.names), "everybody's return")
         (self.folder / "hurry").touch()
-        until(lambda: all(self.ended(self.now[name]) for name in NAMES), "the end of the run", seconds)
+        until(lambda: all(self.ended(self.now[name]) for name in self.names), "the end of the run", seconds)
         os.kill(self.now["coordinator"].pid, signal.SIGTERM)
         until(lambda: self.ended(self.now["coordinator"]), "the end of the coordinator")
 

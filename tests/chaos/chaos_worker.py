@@ -10,6 +10,7 @@ writes, so that it is there after SIGKILL: it is what the test recomputes the ru
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.wan.wan import CLONE_NEWNET
 from collectives.records import Done, Progress
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
@@ -112,6 +114,7 @@ class Trainer:
             events_dir=self.folder,
             observe=lambda progress: self.hook(progress) if self.hook else None,
             join_timeout=60,
+            listen=order.get("listen"),
         )
         self.record("joined", life=self.peer.life, incarnation=self.peer.incarnation)
         self.loop: Recorded | None = None
@@ -232,11 +235,22 @@ def serve_coordinator(order: dict[str, Any]) -> None:
 # --- the server that forks --------------------------------------------------------------------------------------------
 
 
+def enter(namespace: str) -> None:
+    """This process goes to a site of the emulated WAN."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(namespace, os.O_RDONLY)
+    if libc.setns(fd, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    os.close(fd)
+
+
 def child(order: dict[str, Any]) -> None:
     code = 1
     try:
         for fd, path in ((0, os.devnull), (1, os.devnull), (2, f"{order['folder']}/{order['label']}.stderr")):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), fd)
+        if "namespace" in order:
+            enter(order["namespace"])
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         {"peer": serve_peer, "coordinator": serve_coordinator}[order["role"]](order)

@@ -6,6 +6,7 @@ the first of them, so that one that failed can be run again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -17,6 +18,10 @@ import pytest
 from chaos_account import Account
 from chaos_harness import NAMES, Chaos, Server, pause, until
 
+from benchmarks.wan.wan import Wan
+
+SITES = ("p0", "p1", "p2", "p3", "p4")
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
@@ -27,11 +32,20 @@ def server() -> Iterator[Server]:
     assert set(threading.enumerate()) <= before
 
 
-def run(server: Server, folder: Path, seed: int, *, faults: int, samples: int) -> str:
+def run(
+    server: Server,
+    folder: Path,
+    seed: int,
+    *,
+    faults: int,
+    samples: int,
+    names: tuple[str, ...] = NAMES,
+    wan: Wan | None = None,
+) -> str:
     """One run, from its start to the comparison. Returns one line about it."""
     began = time.monotonic()
     folder.mkdir()
-    chaos = Chaos(server, folder, seed, samples=samples, pace=0.02)
+    chaos = Chaos(server, folder, seed, samples=samples, pace=0.02, names=names, wan=wan)
     try:
         for _ in range(faults):
             chaos.strike_once()
@@ -46,7 +60,9 @@ def run(server: Server, folder: Path, seed: int, *, faults: int, samples: int) -
     except BaseException as error:
         error.add_note(f"seed {seed}, folder {folder}, faults: {', '.join(chaos.log)}")
         raise
-    struck = Counter(fault.rpartition(" ")[0] for fault in chaos.log)
+    struck = Counter(fault.partition(" ")[0] for fault in chaos.log)
+    if wan is not None:
+        assert chaos.drops() > 0 or not struck["cut"], "no path was cut while something went over it"
     return f"seed {seed}: {time.monotonic() - began:.0f} s, {dict(struck)}, {numbers}"
 
 
@@ -95,6 +111,36 @@ def goes_on(chaos: Chaos, when: str) -> None:
 
     since = newest()
     until(lambda: newest() > since, f"a round {when}")
+
+
+def sites(name: str) -> Wan:
+    """Each process at a site of its own."""
+    pairs = itertools.combinations(("coordinator", *SITES), 2)
+    topology = {
+        "name": "chaos",
+        "sites": {name: {} for name in ("coordinator", *SITES)},
+        "default": {"rate_mbit": 500, "queue_ms": 50, "loss": 0.0001},
+        "links": [{"between": list(pair), "rtt_ms": 6} for pair in pairs],
+    }
+    return Wan(topology, name=name, max_life=3600)
+
+
+@pytest.mark.wan
+def test_a_short_run_on_the_wan_with_cut_paths(server: Server, tmp_path: Path) -> None:
+    with sites(f"c{os.getpid()}") as wan:
+        print(run(server, tmp_path / "run", 11, faults=8, samples=6000, names=SITES, wan=wan))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(0)
+def test_long_runs_on_the_wan_with_cut_paths(server: Server, tmp_path: Path) -> None:
+    deadline = time.monotonic() + float(os.environ.get("CHAOS_SECONDS", "300"))
+    seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 1_000_000))
+    with sites(f"c{os.getpid()}") as wan:
+        while time.monotonic() < deadline:
+            folder = tmp_path / f"{seed}"
+            print(run(server, folder, seed, faults=15, samples=12_000, names=SITES, wan=wan), flush=True)
+            seed += 1
 
 
 @pytest.mark.chaos
