@@ -90,6 +90,7 @@ def at_every_step(root: str) -> int:
             os._exit(0)
         _, status = os.waitpid(pid, 0)
         found = newest(place)
+        assert not any(entry.problems() for entry in store_at(place).entries() if entry.finished)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0 and found == 3
             return step - 1

@@ -402,6 +402,24 @@ def test_shapes_that_do_not_fit_the_file_are_refused() -> None:
         assert number == 1 and refusal.file == "manifest.json"
 
 
+def test_tensors_must_be_those_that_the_manifest_names() -> None:
+    store = two_checkpoints(f"memory://{uuid.uuid4().hex}")
+    folder = store.entries()[0].folder
+    outer = unseal(folder.read("manifest.json"))["outer"]
+    content = folder.read(outer["name"])
+    others = {
+        "fragment 0 has state hash": content[:-1] + bytes([content[-1] ^ 1]),
+        "holds other tensors": content.replace(b'"momentum"', b'"momentun"'),
+    }
+    for reason, other in others.items():
+        digest = xxhash.xxh3_128_hexdigest(other)
+        name = f"outer-{digest[:16]}.safetensors"
+        folder.put(name, other)
+        forged(store, "manifest.json", outer={"name": name, "bytes": len(other), "digest": digest})
+        number, [refusal] = newest(store)
+        assert (number, refusal.file) == (1, name) and reason in refusal.reason
+
+
 def test_names_in_a_peers_file_lead_nowhere_else(tmp_path: Path) -> None:
     store = two_checkpoints(str(tmp_path))
     entry = store.entries()[0]
@@ -437,7 +455,7 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("make", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("make", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
 def test_code_in_a_peers_part_is_not_run(tmp_path: Path, make: Callable[[Any, Path], object]) -> None:
     store, marker = two_checkpoints(str(tmp_path)), tmp_path / "ran"
     entry = store.entries()[0]
@@ -593,12 +611,31 @@ def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
     store = Store(str(tmp_path), "run", "outer", keep=2)
     for number in (1, 2, 3, 4):
         store.save(snapshot(number))
-    again = snapshot(3, versions=(version(33, 18),))
-    again = snapshot(3, versions=(Version(3, again.versions[0].parameters, again.versions[0].momentum),))
+    other = version(33, 18)
+    again = snapshot(3, versions=(Version(3, other.parameters, other.momentum),))
     store.save(again)
     assert again.identity[1][:12] in [entry.prefix for entry in store.entries()]
     store.save(snapshot(5))
     assert names(store) == [5, 4]
+
+
+def test_what_was_just_written_stays_whatever_its_name(tmp_path: Path) -> None:
+    other = version(33, 18)
+    both = [snapshot(3), snapshot(3, versions=(Version(3, other.parameters, other.momentum),))]
+    for i, order in enumerate((both, both[::-1])):
+        store = Store(str(tmp_path / str(i)), "run", "outer", keep=1)
+        for shot in order:
+            store.save(shot)
+            assert store.entry(*shot.identity) in store.entries()
+
+
+def test_a_run_that_went_far_back_keeps_as_many_of_its_new_ones(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), "run", "outer", keep=2)
+    for number in (8, 9, 2, 3, 4):
+        store.save(snapshot(number))
+    assert names(store) == [9, 8, 4, 3]
+    store.save(snapshot(10))
+    assert names(store) == [10, 9]
 
 
 def test_pruning_an_empty_place_does_nothing(url: str) -> None:
