@@ -309,6 +309,7 @@ class Fetch:
         self._rope.setblocking(False)
         self._dialled: queue.SimpleQueue[tuple[_Source, list[socket.socket] | Exception]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._tried: set[int] = set()
         self._stopped = self._finished = False
         self._looked = 0.0
         self._shown = -1
@@ -373,7 +374,8 @@ class Fetch:
         partial, said = self._partial, self._partial.size
         why = self._why()
         partial.forget()
-        others = [source for source in self._sources if source.size != said and not source.record.wrong]
+        self._tried.add(said)
+        others = [each for each in self._sources if each.size not in self._tried and not each.record.wrong]
         if not others:
             wanted = f"its xxh3-128 is not {self._digest}"
             raise FetchError(f"{self._key!r} arrived, but {wanted}: wrong bytes are served: {why}")
