@@ -263,14 +263,14 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__, repeat=5)
     parser.add_argument("--size", dest="mib", type=float, default=128.0, help="MiB of parameters (default 128)")
     parser.add_argument("--step-ms", type=float, default=20.0, help="of an inner step (default 20)")
-    parser.add_argument("--sync-every", type=int, help="inner steps between rounds (default 100; --wan: none)")
+    parser.add_argument("--sync-every", type=int, help="inner steps between rounds (default 250; --wan: none)")
     parser.add_argument("--stay", type=float, metavar="S", help="seconds that a joiner then idles (3; --wan: 0)")
     parser.add_argument("--cc", default="cubic", help="congestion control of all sides (default cubic)")
     parser.add_argument("--sides", help=f"of {','.join(SIDES)} (default: all; --wan: elastic)")
     parser.add_argument("--wan", action="store_true", help="on the emulated WAN; needs root")
     parser.add_argument("--access", type=float, default=200.0, help="--wan: Mbit/s of the joiner's access (200)")
     arguments = parser.parse_args(words)
-    arguments.sync_every = arguments.sync_every or (10**9 if arguments.wan else 100)
+    arguments.sync_every = arguments.sync_every or (10**9 if arguments.wan else 250)
     arguments.stay = (0.0 if arguments.wan else 3.0) if arguments.stay is None else arguments.stay
     arguments.sides = arguments.sides or ("elastic" if arguments.wan else ",".join(SIDES))
     if unknown := set(arguments.sides.split(",")) - set(SIDES):

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 COMMANDS = {
+    "bench": "Measure on this machine: joining a run, recovering from a loss.",
     "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
     "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",

@@ -309,6 +309,7 @@ class Fetch:
         self._rope.setblocking(False)
         self._dialled: queue.SimpleQueue[tuple[_Source, list[socket.socket] | Exception]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._tried: set[int] = set()
         self._stopped = self._finished = False
         self._looked = 0.0
         self._shown = -1
@@ -372,14 +373,15 @@ class Fetch:
         """All sources of this size were wrong: those that said another one may be right. FetchError if none did."""
         partial, said = self._partial, self._partial.size
         why = self._why()
+        for lane in self._lanes():
+            self._abandon(lane)
         partial.forget()
-        others = [source for source in self._sources if source.size != said and not source.record.wrong]
+        self._tried.add(said)
+        others = [each for each in self._sources if each.size not in self._tried and not each.record.wrong]
         if not others:
             wanted = f"its xxh3-128 is not {self._digest}"
             raise FetchError(f"{self._key!r} arrived, but {wanted}: wrong bytes are served: {why}")
         for source in self._sources:
-            for lane in list(source.lanes):
-                self._abandon(lane)
             source.again_at, source.tries = (0.0, 0) if source in others else (None, 0)
         self._shown = -1
 
@@ -688,36 +690,32 @@ class Fetch:
 
         So one right source is enough. Those that brought what it does not hold are the wrong ones.
         """
-        partial = self._partial
+        partial, came = self._partial, dict(self._partial.sums)
         for source in sorted(self._sources, key=lambda each: -each.record.bytes):
-            name = source.member.name
             try:
-                suspects = self._take_all_from(source)
+                self._take_all_from(source)
             except (OSError, FrameError) as error:
                 source.record.trouble = str(error) or type(error).__name__
                 continue
             partial.hash_again()
             if partial.is_right():
-                for each in suspects - {name}:
-                    partial.accuse(each)
+                for span, (checksum, name) in came.items():
+                    if checksum != partial.sums[span][0]:
+                        partial.accuse(name)
                 return True
-            partial.accuse(name)
+            partial.accuse(source.member.name)
         return False
 
-    def _take_all_from(self, source: _Source) -> set[str]:
-        """Makes all of it what this source holds; the names of those who had brought what differed."""
-        partial, name = self._partial, source.member.name
+    def _take_all_from(self, source: _Source) -> None:
+        """Makes all of it what this source holds."""
+        data, sums = self._partial.data, self._partial.sums
         limit = min(self._me.options.connect_timeout, remaining(self._deadline))
         [sock] = Dialling(self._me, source.member, Purpose.FETCH, 1, limit).connect()
         with sock:
-            suspects = set()
             for span in self._differing(sock):
-                message = _message(self._me, Kind.GET, request(Kind.GET, self._key, [span]))
-                send_all(sock, [message])
-                header = self._answer(sock, Kind.PART, partial.data[span[0] : span[1]])
-                suspects.add(partial.sums[span][1])
-                partial.sums[span] = (header.checksum, name)
-        return suspects
+                send_all(sock, [_message(self._me, Kind.GET, request(Kind.GET, self._key, [span]))])
+                header = self._answer(sock, Kind.PART, data[span[0] : span[1]])
+                sums[span] = (header.checksum, source.member.name)
 
     def _differing(self, sock: socket.socket) -> list[Span]:
         """The ranges of which this source says another checksum than what is here."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from benchmarks.wan.wan import Wan
 from collectives import FetchError, Group, LinkOptions, Partial
 
 pytestmark = pytest.mark.wan
+ROOT = Path(__file__).parents[2]
 DATA = np.random.default_rng(0).bytes(24 << 20)
 DIGEST = xxh3_128_hexdigest(DATA)
 ACCESS = 100  # Mbit/s of the joiner
@@ -116,3 +119,14 @@ def test_a_slow_source_does_not_hold_the_end_up(wan: Wan) -> None:
         partial = Partial()
         assert fetch(wan, made, partial) == DATA
         assert partial.sources["site-c"].bytes < len(DATA) / 10
+
+
+def test_the_benchmark_joins_over_the_wan() -> None:
+    options = ["--wan", "--size", "2", "--repeat", "1", "--access", "50", "--json", "-"]
+    command = [sys.executable, "-m", "benchmarks.join", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=110)
+    assert done.returncode == 0, done.stderr
+    [sample] = json.loads(done.stdout)["samples"]
+    [answer] = sample["answers"]
+    assert answer["bytes"] == 2 * 2 << 20
+    assert answer["fetch"] > 8 * answer["bytes"] / 50e6, "faster than the emulated access lets through"
