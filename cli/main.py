@@ -9,6 +9,7 @@ import click
 
 COMMANDS = {
     "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
+    "status": "Show a run's peers, its progress and its data, or audit a journal.",
 }
 
 
