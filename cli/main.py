@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 COMMANDS = {
-    "bench": "Measure on this machine: joining a run, recovering from a loss.",
     "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
     "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
+    "status": "Show a run's peers, its progress and its data, or audit a journal.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",
+    "bench": "Measure on this machine: joining a run, recovering from a loss.",
 }
 
 

@@ -238,10 +238,25 @@ class Store:
         return entry.peer(name, run=self.run, tag=self.tag)
 
     def newest(
-        self, *, algorithm: str, fingerprint: str, refused: Callable[[Refusal], object] | None = None
+        self,
+        *,
+        algorithm: str,
+        fingerprint: str,
+        rank: Callable[[Manifest], Any] = lambda manifest: manifest.identity[0],
+        refused: Callable[[Refusal], object] | None = None,
     ) -> Outer | None:
-        """The newest checkpoint that is good; None if none is. refused: is told of each that was passed over."""
+        """The checkpoint of the highest rank that is good; None if none is. refused: told of each that is passed over.
+
+        rank: by default the number. After a run went back to an earlier version, that alone does not say which is newer.
+        """
+        ranked = []
         for entry in self.entries():
+            try:
+                ranked.append((rank(entry.manifest()), entry))
+            except Refused as error:
+                if refused is not None:
+                    refused(error.refusal)
+        for _, entry in sorted(ranked, key=lambda each: each[0], reverse=True):
             try:
                 return self.read(entry, algorithm=algorithm, fingerprint=fingerprint)
             except Refused as error:

@@ -21,7 +21,16 @@ from .errors import ConfigurationError
 from .events import EventLog
 from .journal import Journal
 from .membership import Effect, Emit, Membership, Persist, Send
-from .messages import FROM_PEERS, MAX_MESSAGE_BYTES, Message, MessageError, StatusReport, decode, encode
+from .messages import (
+    FROM_PEERS,
+    MAX_MESSAGE_BYTES,
+    AuditReport,
+    Message,
+    MessageError,
+    StatusReport,
+    decode,
+    encode,
+)
 from .recovery import Recovery
 
 BATCH = 1000
@@ -211,6 +220,11 @@ class Coordinator:
         """Members, progress and shards as of now. A snapshot: the loop goes on meanwhile."""
         with self._lock:
             return self._membership.status(time.monotonic())
+
+    def audit(self) -> AuditReport:
+        """The account of the data as of now: what is committed, who holds the rest, what counts twice or is missing."""
+        with self._lock:
+            return self._membership.audit()
 
     def statistics(self) -> CoordinatorStatistics:
         membership = self._membership

@@ -6,10 +6,13 @@ The membership is a fold over these records; votes, heartbeats and plain operati
 from __future__ import annotations
 
 import fcntl
+import shutil
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, get_args
 
 from collectives.records import Member
@@ -213,6 +216,40 @@ class Journal:
     def close(self) -> None:
         self._db.close()
         self._lock.close()
+
+
+def read_copy(path: Path) -> tuple[str, list[Record]]:
+    """The run's name and all records of a journal that a coordinator may be writing: from a copy of its files.
+
+    Neither the file nor its lock is touched. Raises ConfigurationError for a file that is no journal, or is damaged.
+    """
+    try:
+        _check_header(path)
+        with TemporaryDirectory() as folder:
+            copy = _copied(path, Path(folder))
+            with closing(sqlite3.connect(copy)) as db:
+                meta = dict(db.execute("SELECT key, value FROM meta"))
+                rows = db.execute("SELECT body FROM records ORDER BY number").fetchall()
+        if meta.get("format") != FORMAT:
+            raise ConfigurationError(f"{path} has format {meta.get('format')!r}, this version reads {FORMAT!r}")
+        return meta["run"], [decode(row[0], RECORDS) for row in rows]
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the journal {path}: {error.strerror}") from None
+    except (sqlite3.DatabaseError, MessageError, KeyError) as error:
+        raise ConfigurationError(f"{path} is no journal of elastic, or damaged: {error}") from None
+
+
+def _copied(path: Path, folder: Path) -> Path:
+    """Database and write-ahead log as of one moment: records are only appended to the log, so that any length of it
+    will do; but now and then the log is moved into the database, and then the two must be read anew."""
+    log = path.with_name(path.name + "-wal")
+    while True:
+        before = path.stat().st_mtime_ns
+        copy = Path(shutil.copy(path, folder))
+        if log.exists():
+            shutil.copy(log, folder)
+        if path.stat().st_mtime_ns == before:
+            return copy
 
 
 def _check_header(path: Path) -> None:

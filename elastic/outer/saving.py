@@ -15,6 +15,7 @@ import torch
 from ..checkpoints import Checkpoints, Snapshot
 from ..entries import Entry, Outer, Refused
 from ..errors import CheckpointMismatch, ConfigurationError
+from ..manifest import Manifest
 from ..messages import Commit, OperationSpec
 from ..portable import portable, random_state, restore_random_state
 from ..runstate import RunState
@@ -64,7 +65,10 @@ class Saver:
         """
         try:
             return self._store.newest(
-                algorithm=self._spec.algorithm, fingerprint=self._layout.fingerprint, refused=self._refuse
+                algorithm=self._spec.algorithm,
+                fingerprint=self._layout.fingerprint,
+                rank=_history,
+                refused=self._refuse,
             )
         except OSError as error:
             raise ConfigurationError(f"cannot read the checkpoints at {self.checkpoints.url}: {error}") from None
@@ -160,3 +164,12 @@ class Saver:
             },
             writer=self._peer.name,
         )
+
+
+def _history(manifest: Manifest) -> tuple[int, int, int]:
+    """How much a checkpoint has behind it. A higher version that the run has gone back from has less."""
+    try:
+        state = RunState.from_bytes(manifest.run_state)
+    except CheckpointMismatch:
+        return -1, -1, manifest.identity[0]
+    return state.generation, state.serial, manifest.identity[0]

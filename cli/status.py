@@ -1,0 +1,190 @@
+"""`elastic status`: who is in a run, how far it is, and where its data stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from elastic.config import JoinToken, check_coordinator, check_name, environment
+from elastic.errors import ConfigurationError, CoordinatorUnavailable, ElasticError
+
+from . import exits
+from .view import STATE_STYLES, clean, human_bytes, joined, loss_text
+
+if TYPE_CHECKING:
+    from elastic.messages import AuditReport, MemberReport, StatusReport
+
+
+@click.command(epilog="Example: elastic status tcp://host:29400 --name c4-1b --shards")
+@click.argument("where", metavar="[TOKEN|tcp://HOST:PORT]", required=False)
+@click.option("--name", help="Name of the run, with tcp://HOST:PORT.  [default: ELASTIC_RUN]")
+@click.option("--shards", is_flag=True, help="Audit the data, too: what is committed, and who holds the rest.")
+@click.option(
+    "--journal",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Audit this coordinator's journal instead of asking; it is only read, and may be in use.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="Seconds to wait for the coordinator.",
+)
+def command(
+    where: str | None, name: str | None, shards: bool, journal: Path | None, as_json: bool, timeout: float
+) -> None:
+    """Show a run's peers, its progress and its data.
+
+    TOKEN is elastic://HOST:PORT/RUN or @FILE; without it, ELASTIC_JOIN counts. Exits with 0; with 3 if a sample counts
+    twice or is missing, 4 if the coordinator does not answer.
+    """
+    try:
+        report, audit = (None, _read(journal)) if journal else _ask(where, name, shards, timeout)
+    except CoordinatorUnavailable as error:
+        _give_up(error, exits.NETWORK)
+    except ConfigurationError as error:
+        _give_up(error, exits.DATA if journal else exits.USAGE)
+    except ElasticError as error:
+        _give_up(error, exits.FAILED)
+    if as_json:
+        click.echo(json.dumps(_plain(report, audit)))
+    else:
+        _show(report, audit)
+    sys.exit(exits.OK if audit is None or audit.passed else exits.DATA)
+
+
+def _give_up(error: Exception, code: int) -> None:
+    click.echo(f"elastic status: {clean(str(error))}", err=True)
+    sys.exit(code)
+
+
+def _where(text: str | None, name: str | None) -> JoinToken:
+    env = environment()
+    text = text or env.get("ELASTIC_JOIN")
+    if not text:
+        raise ConfigurationError("say which run: a token, tcp://HOST:PORT with --name, or ELASTIC_JOIN")
+    if not text.startswith("tcp://"):
+        return JoinToken.parse(text)
+    name = name or env.get("ELASTIC_RUN")
+    if not name:
+        raise ConfigurationError("give the run's name with --name, or set ELASTIC_RUN")
+    return JoinToken(check_coordinator(text), check_name("run", name))
+
+
+def _ask(
+    text: str | None, name: str | None, shards: bool, timeout: float
+) -> tuple[StatusReport | None, AuditReport | None]:
+    from elastic.inquiry import inquire
+    from elastic.messages import AuditReport, AuditRequest, StatusReport, StatusRequest
+
+    where = _where(text, name)
+    report = inquire(where, StatusRequest, StatusReport, timeout)
+    return report, inquire(where, AuditRequest, AuditReport, timeout) if shards else None
+
+
+def _read(path: Path) -> AuditReport:
+    from elastic.audit import audit, summary
+    from elastic.journal import Opened, read_copy
+
+    run, records = read_copy(path)
+    generation = max((record.generation for record in records if isinstance(record, Opened)), default=0)
+    return summary(run, audit(records), generation=generation)
+
+
+# --- for programs -----------------------------------------------------------------------------------------------------
+
+
+def _plain(report: StatusReport | None, audit: AuditReport | None) -> dict[str, Any]:
+    head = report or audit
+    assert head is not None
+    plain: dict[str, Any] = {"run": head.run, "generation": head.generation}
+    if report:
+        fields = _finite(dataclasses.asdict(report))
+        del fields["incarnation"]
+        plain |= fields
+    if audit:
+        sums = {name: getattr(audit, name) for name in ("committed", "twice", "missing", "partial", "passed")}
+        plain["audit"] = sums | {"epochs": [dataclasses.asdict(epoch) for epoch in audit.epochs]}
+    return plain
+
+
+def _finite(value: Any) -> Any:
+    """NaN has no place in JSON: what is not known is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def _show(report: StatusReport | None, audit: AuditReport | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for line in [*(_head(report) if report else ()), *(_account(audit) if audit else ())]:
+        console.print(line)
+
+
+def _head(report: StatusReport) -> Iterable[Text | Table]:
+    progress = report.progress
+    rounds = _of(progress.rounds, report.target_rounds)
+    tokens = _of(progress.tokens, report.target_tokens)
+    state = "finished" if progress.finished else "running"
+    yield Text(f"{clean(report.run)}  {state}  generation {report.generation}  view {report.epoch}", style="bold")
+    yield Text(f"rounds {rounds}  tokens {tokens}  last contributors: {joined(report.contributors)}")
+    yield _members(report.members)
+
+
+def _of(done: int, target: int) -> str:
+    return f"{done:,}/{target:,}" if target else f"{done:,}"
+
+
+def _members(members: Iterable[MemberReport]) -> Table:
+    table = _table("peer", "site", "life", "state", "doing", "version", "step", "loss", "sent", "silent")
+    for member in members:
+        status = member.status
+        state = Text(clean(member.state), style=STATE_STYLES.get(member.state, ""))
+        numbers = str(member.version), f"{status.step:,}", loss_text(None if math.isnan(status.loss) else status.loss)
+        silence = f"{member.silence:.1f} s"
+        texts = clean(member.name), clean(member.site), str(member.life)
+        last = clean(status.state), *numbers, human_bytes(status.bytes_sent), silence
+        table.add_row(*map(Text, texts), state, *map(Text, last))
+    return table
+
+
+def _account(audit: AuditReport) -> Iterable[Text | Table]:
+    verdict = "every sample counts once" if audit.passed else "the account does not add up"
+    counts = f"{audit.committed:,} samples committed  {audit.twice:,} twice  {audit.missing:,} missing"
+    yield Text(f"{clean(audit.run)}  data: {verdict}", style="bold" if audit.passed else "bold red")
+    yield Text(f"{counts}  {audit.partial:,} in some fragments only")
+    table = _table("epoch", "samples", "committed", "twice", "missing", "shard", "holder", "cursor")
+    for epoch in audit.epochs:
+        samples = "?" if epoch.samples < 0 else f"{epoch.samples:,}"
+        counted = f"{epoch.committed:,}", str(epoch.twice), str(epoch.missing)
+        table.add_row(str(epoch.epoch), samples, *counted)
+        for shard in epoch.open:
+            holder = Text(clean(shard.holder)) if shard.holder else Text("free", style="yellow")
+            table.add_row("", "", "", "", "", str(shard.shard), holder, str(shard.cursor))
+    yield table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        left = name in ("peer", "site", "state", "doing", "holder")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table
