@@ -19,7 +19,7 @@ from .report import replace_with
 from .view import human_bytes
 
 if TYPE_CHECKING:
-    from elastic.entries import Entry, Outer
+    from elastic.checkpoints.entries import Entry, Outer
 
 T = TypeVar("T")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -102,7 +102,7 @@ def export(url: str, out: Path) -> None:
 
 
 def found(url: str) -> list[Entry]:
-    from elastic.entries import find
+    from elastic.checkpoints.entries import find
 
     entries = find(url)
     if not entries:

@@ -25,12 +25,18 @@ def inquire(where: JoinToken, question: type[Message], answer: type[Answer], tim
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     own = secrets.randbits(63) | 1
     asked = question(run=where.run, incarnation=own)
+
+    def heard(message: Any) -> bool:
+        inbox.put(message)
+        return True
+
     control = Control(
         where.coordinator,
         "inquirer",
         own,
-        heartbeat=ASK_AGAIN_SECONDS,
-        on_message=inbox.put,
+        heartbeat=min(ASK_AGAIN_SECONDS, timeout / 4),
+        patience=timeout / 4,  # a run can have several addresses
+        on_message=heard,
         on_beat=lambda: asked,
         on_failure=lambda error: inbox.put(ElasticError(f"the control thread failed: {error!r}")),
     )

@@ -22,7 +22,7 @@ import torch
 from collectives import FetchError, Partial
 
 from ..checkpoints import Checkpoints
-from ..entries import Outer
+from ..checkpoints.entries import Outer
 from ..errors import (
     CheckpointMismatch,
     ConfigurationError,

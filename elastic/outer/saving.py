@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints import Checkpoints, Snapshot
-from ..entries import Entry, Outer, Refused
+from ..checkpoints.entries import Entry, Outer, Refused
+from ..checkpoints.manifest import Manifest
+from ..checkpoints.portable import portable, random_state, restore_random_state
+from ..checkpoints.writer import Writer, WriterStatistics
 from ..errors import CheckpointMismatch, ConfigurationError
-from ..manifest import Manifest
 from ..messages import Commit, OperationSpec
-from ..portable import portable, random_state, restore_random_state
 from ..runstate import RunState
-from ..writer import Writer, WriterStatistics
 from .state import Layout, Version
 
 if TYPE_CHECKING:

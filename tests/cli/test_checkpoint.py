@@ -196,7 +196,7 @@ def test_one_checkpoint_is_needed(name: str, tmp_path: Path) -> None:
 
 
 def test_what_a_file_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    from elastic.manifest import seal, unseal
+    from elastic.checkpoints.manifest import seal, unseal
 
     store = save(tmp_path, 1)
     manifest = folder(store, 1) / "manifest.json"

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from elastic.checkpoints import Refusal, Snapshot, Store
+from elastic.checkpoints.writer import Writer
 from elastic.errors import CheckpointMismatch
 from elastic.outer.state import Version
-from elastic.writer import Writer
 
 ALGORITHM, FINGERPRINT = "DiLoCo(test)", "0123456789abcdef"
 SIZE = 50_000

@@ -29,11 +29,11 @@ from safetensors.torch import load_file
 import elastic.checkpoints
 from elastic import CheckpointMismatch, Checkpoints, ConfigurationError
 from elastic.checkpoints import Refusal, Snapshot, Store
-from elastic.entries import Entry, find
-from elastic.manifest import seal, unseal
+from elastic.checkpoints.entries import Entry, find
+from elastic.checkpoints.manifest import seal, unseal
+from elastic.checkpoints.portable import checked, portable, random_state, restore_random_state
+from elastic.checkpoints.writer import Writer
 from elastic.outer.state import Version
-from elastic.portable import checked, portable, random_state, restore_random_state
-from elastic.writer import Writer
 
 ALGORITHM, FINGERPRINT = "DiLoCo(Nesterov(lr=0.7, momentum=0.9))", "0123456789abcdef"
 KILLS = Path(__file__).with_name("checkpoint_kills.py")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pytest
 import torch
 from harness import Run, until
 
-from elastic.checkpoints import Checkpoints, Store
+from elastic.checkpoints import Checkpoints, Snapshot, Store
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import ConfigurationError, NoSource, NotEnoughPeers
 from elastic.events import EventReader
 from elastic.outer.diloco import DiLoCo
+from elastic.outer.state import Version
 from elastic.peer import Peer
 from elastic.runstate import RunState
 from elastic.shards import Layout
@@ -275,6 +277,23 @@ def test_the_newest_of_several_peers_checkpoints_is_taken(run: Run) -> None:
     assert ends[0].number == ends[1].number and ends[0].state_hash == ends[1].state_hash
     (resumed,) = events(run, "coordinator", "run.resumed")[-1:]
     assert (resumed["version"], resumed["peer"]) == (5, "p1")
+
+
+def test_a_higher_version_that_the_run_went_back_from_is_not_the_newest(run: Run) -> None:
+    where = Checkpoints(str(run.folder / "c"), every=1, keep=10)
+    peer = run.join("p0")
+    loop = train(peer, 3, where)
+    assert loop.saver is not None
+    right = newest_of(loop.saver._store)
+    state = RunState.from_bytes(right.manifest.run_state)
+    void = replace(state, serial=state.serial - 1, loops=(replace(state.loops[0], versions={0: 9}),))
+    version = Version(9, right.versions[0].parameters + 1, right.versions[0].momentum)
+    fragments = (right.manifest.fragments[0].parameters,)
+    fields = {"algorithm": right.manifest.algorithm, "fingerprint": right.manifest.fingerprint}
+    loop.saver._store.save(Snapshot(**fields, versions=(version,), parameters=fragments, run_state=void.to_bytes()))
+    assert newest_of(loop.saver._store).versions[0].number == 9, "by its number"
+    found = loop.saver.newest()
+    assert found is not None and found.versions[0].number == 3
 
 
 def test_without_any_checkpoint_the_lost_state_is_named(run: Run) -> None:

@@ -27,9 +27,10 @@ import xxhash
 
 from collectives.transfer import as_bytes
 
-from .config import check_name
+from ..config import check_name
+from ..errors import CheckpointMismatch, ConfigurationError
+from ..outer.state import Version
 from .entries import MANIFEST, Entry, Outer, Refusal, Refused, entries_in
-from .errors import CheckpointMismatch, ConfigurationError
 from .manifest import (
     FORMAT,
     DataFile,
@@ -44,7 +45,6 @@ from .manifest import (
     pieces,
     seal,
 )
-from .outer.state import Version
 from .portable import checked
 from .storage import Bytes, Folder
 
@@ -247,7 +247,7 @@ class Store:
     ) -> Outer | None:
         """The checkpoint of the highest rank that is good; None if none is. refused: told of each that is passed over.
 
-        rank: by default the number. After a run went back to an earlier version, that alone does not say which is newer.
+        rank: by default the number; once a run has gone back to an earlier version, that does not say which is newer.
         """
         ranked = []
         for entry in self.entries():

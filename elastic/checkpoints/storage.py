@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import fsspec.core
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import ConfigurationError, ElasticError
+from ..errors import ConfigurationError, ElasticError
 
 CHUNK = 1 << 25
 """Bytes per request, read or written."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 

@@ -14,8 +14,9 @@ import torch
 
 from collectives.transfer import as_bytes
 
-from .config import check_name
-from .errors import CheckpointMismatch
+from ..config import check_name
+from ..errors import CheckpointMismatch
+from ..outer.state import Version
 from .manifest import (
     FORMAT,
     DataFile,
@@ -29,7 +30,6 @@ from .manifest import (
     parse_manifest,
     unseal,
 )
-from .outer.state import Version
 from .storage import Folder
 
 MANIFEST = "manifest.json"

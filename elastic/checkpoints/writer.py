@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 Job = Callable[[], int]
 
