@@ -14,7 +14,7 @@ import pytest
 
 from collectives.records import Member
 from elastic.errors import ConfigurationError
-from elastic.journal import Admitted, Committed, Departed, Journal, Leased, LoopFounded, Opened, Record
+from elastic.journal import Admitted, Committed, Departed, Journal, Leased, LoopFounded, Opened, Record, read_copy
 from elastic.messages import OperationSpec
 
 SPEC = OperationSpec(op="mean", dtype="float32", elements=8, wire="f32")
@@ -165,3 +165,22 @@ def test_a_copy_taken_while_it_is_written_is_a_journal(tmp_path: Path) -> None:
     copy = Journal(tmp_path / "copy", "run")
     assert copy.read() == SOME
     copy.close()
+
+
+def test_a_journal_in_use_is_read_through_a_copy(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", "run")
+    journal.append(SOME)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert read_copy(tmp_path / "journal") == ("run", SOME)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    journal.close()
+    assert read_copy(tmp_path / "journal") == ("run", SOME)
+
+
+@pytest.mark.parametrize("content", [b"my thesis\n", b"SQLite format 3\0" + b"\xff" * 200, b""])
+def test_a_copy_of_what_is_no_journal_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "journal").write_bytes(content)
+    with pytest.raises(ConfigurationError, match="no journal of elastic"):
+        read_copy(tmp_path / "journal")
+    with pytest.raises(ConfigurationError, match="cannot read the journal"):
+        read_copy(tmp_path / "none")

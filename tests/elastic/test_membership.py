@@ -15,10 +15,13 @@ from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimData
 from collectives.records import LinkFailure, Member
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
-from elastic.journal import Committed, DatasetRegistered, Leased, Released
+from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded
 from elastic.membership import Membership, Send
 from elastic.messages import (
+    STREAM,
     Applied,
+    AuditReport,
+    AuditRequest,
     Base,
     CommitNote,
     DoneReport,
@@ -979,6 +982,67 @@ def test_impossible_data_is_refused_and_not_remembered(samples: int, shard_size:
     (answer,) = tell(world, peer, LeaseRequest, samples=samples, shard_size=shard_size, seed=0, epochs=epochs)
     assert answer.error == "ConfigurationError"
     assert not any(isinstance(record, DatasetRegistered) for record in world.journal)
+
+
+def test_anybody_may_ask_for_the_audit() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    exchange(world)
+    assert world.membership is not None
+    (send,) = world.membership.receive("inquirer", AuditRequest(run=RUN, incarnation=9), world.now)
+    assert isinstance(send, Send) and send.incarnation == 9 and isinstance(send.message, AuditReport)
+    (epoch,) = send.message.epochs
+    assert (epoch.samples, epoch.committed, send.message.passed) == (60, 4, True)
+    assert [(shard.shard, shard.holder, shard.cursor) for shard in epoch.open] == [(0, "a", 2), (1, "b", 2)]
+
+
+def test_two_contributions_that_claim_the_same_samples_are_found() -> None:
+    world, peers = training("ab")
+    propose(world, *peers.values())
+    talk(world)
+    operation = world.membership.operations[OUTER]  # type: ignore[union-attr]
+    operation.proposals["b"] = replace(operation.proposals["b"], cursors={0: 2}, starts={0: 0})
+    assert world.membership is not None
+    world.membership._decide(operation, digest="d", contributors=("a", "b"), now=world.now)
+    report = world.membership.audit()
+    assert (report.committed, report.twice, report.passed) == (2, 2, False)
+
+
+def streamed(world: World, peer: SimPeer, **fields: Any) -> Any:
+    data = {"samples": STREAM, "shard_size": 6, "seed": 0, "epochs": 2} | fields
+    (answer,) = tell(world, peer, LeaseRequest, **data)
+    return answer
+
+
+def test_the_end_of_a_stream_is_journaled_once_and_told() -> None:
+    world = World()
+    a, b = world.start("a"), world.start("b")
+    talk(world)
+    assert streamed(world, a).shards == {0: 0} and streamed(world, b).shards == {1: 0}
+    assert streamed(world, b, holding=(1,), ends={0: 9}).shards == {1: 0, 1 << 32: 0}
+    answer = streamed(world, a, holding=(0,), ends={0: 9})
+    assert answer.ends == {0: 9} and answer.shards == {0: 0, (1 << 32) + 1: 0}
+    assert [record for record in world.journal if isinstance(record, StreamEnded)] == [StreamEnded(epoch=0, samples=9)]
+    world.check_replay()
+
+
+@pytest.mark.parametrize("ends", [{0: 8}, {0: 0}, {0: -3}, {1: 3}, {-1: 3}, {0: 1 << 40}, {1 << 30: 9}])
+def test_an_end_that_cannot_be_is_refused(ends: dict[int, int]) -> None:
+    world = World()
+    peer = world.start("a")
+    talk(world)
+    streamed(world, peer)
+    assert streamed(world, peer, holding=(0,)).shards == {0: 0, 1: 0}
+    streamed(world, peer, holding=(0, 1), ends={0: 9}) if ends == {0: 8} else None
+    answer = streamed(world, peer, holding=(0, 1), ends=ends)
+    assert answer.error == "ParityError" and "same on all peers" in answer.reason
+    assert leased_stream_ends(world) == ({0: 9} if ends == {0: 8} else {})
+
+
+def leased_stream_ends(world: World) -> dict[int, int]:
+    assert world.membership is not None and world.membership.table is not None
+    return world.membership.table.ends
 
 
 # --- everything at once ---------------------------------------------------------------------------------------------
