@@ -25,7 +25,7 @@ from collectives import frames
 from collectives.frames import HEADER_BYTES, FrameError, Header, Kind
 from collectives.handshake import Self
 from collectives.ranges import Span
-from collectives.sockets import shut_writing, skip
+from collectives.sockets import FAR, shut_writing, skip, vitals
 
 RANGE = struct.Struct("<QI")
 SIZE = struct.Struct("<Q")
@@ -34,6 +34,7 @@ MOST_SUMS = 1024
 _SUM = struct.Struct("<Q")
 _MAX_KEY = 4096
 _MAX_ASKED = COUNT.size + MOST_SUMS * RANGE.size + _MAX_KEY
+_UNSENT = 256 << 10  # bytes that wait in the kernel: enough for few turns, little enough for an exchange to pass
 _QUEUED = 64  # requests that wait on one connection
 _IDLE_SECONDS = 60.0
 _STUCK_SECONDS = 20.0  # in which a fetcher takes nothing of what it asked for
@@ -153,6 +154,8 @@ class Library:
     def serve(self, incarnation: int, sock: socket.socket) -> None:
         """Take over a greeted connection. Where there is no room it is told so, and comes again."""
         sock.setblocking(False)
+        if vitals(sock).shortest_rtt > FAR:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         guest = _Guest(sock, incarnation, time.monotonic())
         with self._lock:
             if not self._open or len(self._guests) >= 2 * self._me.options.servers:
