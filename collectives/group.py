@@ -647,6 +647,10 @@ class Group:
         """Serve it no more; on return nobody reads its memory. An unknown key is no error."""
         self._library.withdraw(key)
 
+    def wanted(self, key: str) -> bool:
+        """Whether somebody is fetching it from here: it should not be withdrawn yet."""
+        return self._library.wanted(key)
+
     def fetch(
         self,
         key: str,

@@ -8,6 +8,7 @@ back at any time; what was being sent then goes on from a copy.
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import socket
 import struct
@@ -41,6 +42,7 @@ _STUCK_SECONDS = 20.0  # in which a fetcher takes nothing of what it asked for
 _LINGER_SECONDS = 5.0
 _TURN_SECONDS = 0.2
 _NARROW_SECONDS = 0.02
+_WANTED_SECONDS = 10.0
 
 
 def as_bytes(part: memoryview | bytes | bytearray | torch.Tensor) -> memoryview:
@@ -61,6 +63,7 @@ class Blob:
 
     def __init__(self, parts: Sequence[memoryview | torch.Tensor], digest: str) -> None:
         self.digest = digest
+        self.asked_at = -math.inf
         self._parts = [as_bytes(part) for part in parts]
         self._ends = list(accumulate(len(part) for part in self._parts))
         self.size = self._ends[-1] if self._ends else 0
@@ -139,6 +142,15 @@ class Library:
         """Serve it no more; on return nobody reads its memory. An unknown key is no error."""
         with self._lock:
             self._take_back(self._blobs.pop(key, None))
+
+    def wanted(self, key: str) -> bool:
+        """Whether it is being fetched: a part of it is on its way, or was asked for in the last seconds."""
+        with self._lock:
+            blob = self._blobs.get(key)
+            if blob is None:
+                return False
+            lately = time.monotonic() - blob.asked_at < _WANTED_SECONDS
+            return lately or any(guest.blob is blob for guest in self._guests.values())
 
     def _take_back(self, blob: Blob | None) -> None:
         for guest in self._guests.values():
@@ -324,7 +336,7 @@ class Library:
             facts = SIZE.pack(blob.size) + blob.digest.encode()
             return [self._header(Kind.SIZE, facts), facts]
         [(offset, length)] = spans
-        guest.blob = blob
+        guest.blob, blob.asked_at = blob, time.monotonic()
         part = self._encode(Kind.PART, length, blob.sum(offset, length), header.chunk)
         return [part, *blob.views(offset, length)]
 

@@ -204,6 +204,7 @@ class Membership:
         self._absent: dict[str, set[str]] = {}
         self._orphaned: dict[str, float] = {}
         self._vacant: dict[str, float] = {}
+        self._entering: dict[str, set[str]] = {}
         self._offers: dict[str, dict[str, Offer]] = {}
         self._live = False
         self._last_tick: float | None = None
@@ -445,7 +446,8 @@ class Membership:
             self._send(name, self._base(message.tag, message.fragment))
         elif self._nobody_will_hold(name, message.tag, loop):
             self._enter_unheld(name, message, now)
-        # else: whoever holds it is about to say so; the peer asks again
+        else:  # whoever holds it is about to say so
+            self._entering.setdefault(message.tag, set()).add(name)
 
     def _begun(self, tag: str) -> bool:
         """Whether a round of the loop has changed anything."""
@@ -551,6 +553,12 @@ class Membership:
             self._broadcast(self._stamp(Represent))
 
     def _found(self, name: str, message: Enter) -> None:
+        if not message.state_hash:  # it has not looked at its own yet, since most who come find one to fetch
+            nothing: Base = self._stamp(
+                Base, tag=message.tag, fragment=message.fragment, version=0, state_hash="", sources=()
+            )
+            self._send(name, nothing)
+            return
         record = LoopFounded(
             tag=message.tag, spec=message.spec, fragment=message.fragment, state_hash=message.state_hash
         )
@@ -604,6 +612,8 @@ class Membership:
             self._catch_up(name, message.tag, message.fragment, message.version)
             return
         self._judge(message.tag, message.fragment, now)
+        for waiting in self._entering.pop(message.tag, set()) - {name}:
+            self._send(waiting, self._base(message.tag, message.fragment))
         progress = self.progress
         if progress.finished and not progress.behind:
             self._broadcast(self._stamp(Pong, progress=progress))  # the holders need not stay any longer

@@ -186,7 +186,7 @@ class Leave(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enter(Message):
-    """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first.
+    """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first ("": not known).
 
     offered, offered_hash, state: version and hash of what this peer has from a checkpoint (-1: nothing), and the run
     state that belongs to it; it is taken if no living peer holds anything newer.
@@ -381,7 +381,10 @@ class RoundFailed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Message):
-    """The outer state to begin from. No sources: this peer has it itself. state: the run state (RunState), encoded."""
+    """The outer state to begin from. No sources: this peer has it itself; no hash either: it may found the run.
+
+    state: the run state (RunState), encoded.
+    """
 
     tag: str
     fragment: int

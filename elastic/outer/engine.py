@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
 ENTER_TRIES = 20
 SEE_OFF_SECONDS = 15.0
 PULL_AGAIN_SECONDS = 0.02
+MOST_SERVED = 8  # versions, and results, that are kept for those who are fetching older ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ class OuterLoop:
     that is newer, or founds the run with its own. When a round
     goes on without this peer it applies the result itself and keeps what it has learned for the next; a round that
     fails leaves everything as it was. Memory: outer parameters and momentum, twice (two versions are kept for
-    joiners), the pseudo-gradient, and `keep_results` results, all float32.
+    joiners), the pseudo-gradient, and `keep_results` results, all float32; while somebody fetches an older version,
+    that one and up to 8 results behind it.
     """
 
     algorithm = ""
@@ -137,8 +138,8 @@ class OuterLoop:
         self.last_commit: Commit | None = None
         self._version: Version | None = None
         self._stepped_from: tuple[Version, torch.Tensor] | None = None
-        self._published: deque[str] = deque()
-        self._results: deque[str] = deque()
+        self._published: dict[int, str] = {}
+        self._results: dict[int, str] = {}
         self._since_applied = 0
         self._missed = 0
         self._weight = 0.0
@@ -427,10 +428,22 @@ class OuterLoop:
     def _adopt(self, version: Version) -> None:
         """Makes `version` the current one: served to joiners, announced to the coordinator."""
         self._version = version
+        for served in (self._published, self._results):  # of a line that the run went back from
+            for number in [number for number in served if number > version.number]:
+                self.peer.group.withdraw(served.pop(number))
         key = self._key("state", version.number)
         self.peer.group.publish(key, [version.parameters, version.momentum], version.state_hash)
-        _turn_over(self._published, key, 2, self.peer.group.withdraw)
+        self._published[version.number] = key
+        self._withdraw(self._published, version.number - 1)
         self._announce()
+
+    def _withdraw(self, served: dict[int, str], needed: int) -> None:
+        """Takes back what is older than `needed`, but not what somebody is fetching, nor what leads on from there."""
+        group, newest = self.peer.group, max(served)
+        for number in sorted(served):
+            if number > newest - MOST_SERVED and (number >= needed or group.wanted(served[number])):
+                return
+            group.withdraw(served.pop(number))
 
     def _announce(self) -> None:
         applied = Applied(
@@ -463,7 +476,9 @@ class OuterLoop:
     def _keep_result(self, commit: Commit, mean: torch.Tensor) -> None:
         key = self._key("result", commit.version)
         self.peer.group.publish(key, [mean], commit.digest)
-        _turn_over(self._results, key, self.keep_results, self.peer.group.withdraw)
+        self._results[commit.version] = key
+        fetched = min(self._published, default=commit.version)  # who is fetching that one needs the results behind it
+        self._withdraw(self._results, min(commit.version - self.keep_results + 1, fetched + 1))
 
     def _pull(self, commit: Commit) -> torch.Tensor | None:
         """Rule 5: the committed result, from those who hold it; None if nobody gives it."""
@@ -505,18 +520,21 @@ class OuterLoop:
 
         Raises NoSource, TransferInterrupted.
         """
-        own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
-        offered = saved.versions[0] if saved else None
+        own, offered = None, saved.versions[0] if saved else None
         for _ in range(ENTER_TRIES):
-            if self._try_base(self._ask_base(own, saved), own, offered):
+            base = self._ask_base(own, saved)
+            if not (base.state_hash or base.sources):  # nobody has anything yet: only now is its own looked at
+                own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
+            elif self._try_base(base, own, offered):
                 if saved is not None and self.version is offered and self.saver is not None:
                     self.steps = self.saver.restore(saved).get("steps", self.steps)
                 return
         raise TransferInterrupted(f"no source lasted long enough to give the outer state of {self.tag}")
 
-    def _ask_base(self, own: Version, saved: Outer | None) -> Base:
+    def _ask_base(self, own: Version | None, saved: Outer | None) -> Base:
         assert self._inbox is not None
-        enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=own.state_hash)
+        state_hash = own.state_hash if own else ""
+        enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=state_hash)
         if saved is not None:
             version = saved.versions[0]
             enter = replace(
@@ -610,11 +628,3 @@ class OuterLoop:
         self.layout.write(state["local"])
         self.steps, self._since_applied = state["steps"], state["since_applied"]
         self._missed, self._weight = state["missed"], state["weight"]
-
-
-def _turn_over(keys: deque[str], key: str, kept: int, withdraw: Any) -> None:
-    if key in keys:
-        return
-    keys.append(key)
-    while len(keys) > kept:
-        withdraw(keys.popleft())
