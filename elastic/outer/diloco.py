@@ -48,7 +48,7 @@ class DiLoCo(OuterLoop):
         super().__init__(model, inner, peer, sync_every=sync_every, outer=outer or Nesterov(), **options)
 
     def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
-        return torch.sub(version.parameters, local)
+        return torch.sub(version.parameters, local, out=local)
 
     def advance(self, version: Version, mean: torch.Tensor) -> Version:
         parameters, momentum = self.outer.step(version.parameters, version.momentum, mean)

@@ -154,7 +154,7 @@ class OuterLoop:
     # --- what an algorithm says -------------------------------------------------------------------------------------
 
     def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
-        """What this peer sends: a flat float32 vector."""
+        """What this peer sends: a flat float32 vector. local: a copy of its parameters, which may be written."""
         raise NotImplementedError
 
     def advance(self, version: Version, mean: torch.Tensor) -> Version:
@@ -546,6 +546,7 @@ class OuterLoop:
 
     def _try_base(self, base: Base, *own: Version | None) -> bool:
         """Takes the state that `base` names, from `own` if it is there; False if its sources went away."""
+        self._receiving = base.version > 0  # rule 6: nobody waits for it before it trains from there
         for version in (*own, self._version):
             if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
                 self._stepped_from = None

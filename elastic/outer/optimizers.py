@@ -53,11 +53,11 @@ class Nesterov:
         self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         buffer = torch.mul(momentum, self.momentum)
-        buffer = torch.add(buffer, delta)
+        torch.add(buffer, delta, out=buffer)  # in place: fresh memory costs more than the arithmetic
         update = torch.mul(buffer, self.momentum)
-        update = torch.add(update, delta)
-        update = torch.mul(update, self.lr)
-        return torch.sub(parameters, update), buffer
+        torch.add(update, delta, out=update)
+        torch.mul(update, self.lr, out=update)
+        return torch.sub(parameters, update, out=update), buffer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,4 +77,5 @@ class SGD:
     def step(
         self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.sub(parameters, torch.mul(delta, self.lr)), momentum
+        update = torch.mul(delta, self.lr)
+        return torch.sub(parameters, update, out=update), momentum
