@@ -26,6 +26,7 @@ from collectives.sockets import (
     MOST_STRIPES,
     LinkOptions,
     evidence_of,
+    kept_from_children,
     listen_on,
     parse_address,
     receive_into,
@@ -181,7 +182,7 @@ class Dialling:
 
     def _open(self, where: tuple[Any, ...]) -> socket.socket:
         family, kind, protocol, address = where
-        sock = socket.socket(family, kind, protocol)
+        sock = kept_from_children(socket.socket(family, kind, protocol))
         with self._lock:
             self._sockets.append(sock)
             if self._stopped:
@@ -425,7 +426,7 @@ class Porter:
             sock, _ = listener.accept()
         except OSError:
             return  # it left before we came to the door, or no descriptor is free: the next may have more luck
-        sock.setblocking(False)
+        kept_from_children(sock).setblocking(False)
         if len(self._visitors) >= self._me.options.half_open:
             self._dismiss(next(iter(self._visitors)))
         self._visitors[sock] = _Visitor(sock, time.monotonic() + self._me.options.connect_timeout)

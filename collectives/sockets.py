@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -194,13 +196,31 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+_OURS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def kept_from_children(sock: socket.socket) -> socket.socket:
+    """Closes the socket in processes forked from this one (a DataLoader's workers): as long as one of them held it,
+    nobody would see that this process has died."""
+    _OURS.add(sock)
+    return sock
+
+
+def _close_in_child() -> None:
+    for sock in list(_OURS):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 def listen_on(address: str, options: LinkOptions) -> socket.socket:
     """A non-blocking listener; port 0: any. What it accepts has its buffers and congestion control."""
     host, port = parse_address(address)
     family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
         0
     ]
-    listener = socket.socket(family, kind, protocol)
+    listener = kept_from_children(socket.socket(family, kind, protocol))
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         tune_early(listener, options)

@@ -6,11 +6,13 @@ says what it was trained on, and the sum of all contributions that were counted 
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,6 +233,29 @@ def test_shards_end_where_the_last_batch_was_not_stepped(run: Run) -> None:
         loop.inner.step()
     assert counted_once([loop.counted])
     check_audit(run, N)
+
+
+class Holding(Numbers):
+    """Each sample says whether the process that loads it holds that socket."""
+
+    def __init__(self, inode: str) -> None:
+        self.link = f"socket:[{inode}]"
+
+    def __getitem__(self, index: int) -> int:
+        held = []
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):  # the one that the folder itself is read through
+                held.append(os.readlink(descriptor))
+        return self.link in held
+
+
+def test_workers_do_not_keep_the_connections_of_a_process_that_dies(run: Run) -> None:
+    peer = run.join("p0")
+    port = f":{int(peer.group.member.addresses[0].rpartition(':')[2]):04X} "
+    (inode,) = [line.split()[9] for line in Path("/proc/net/tcp").read_text().splitlines() if port in line[:20]]
+    dataset = Holding(inode)
+    assert dataset[0], "the peer itself listens"
+    assert not any(next(iter(DataLoader(dataset, batch_sampler=peer.sampler(dataset, 4), num_workers=1))))
 
 
 # --- going back -----------------------------------------------------------------------------------------------------
