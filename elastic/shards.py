@@ -120,7 +120,11 @@ class ShardTable:
         return self.next if fresh_left else None
 
     def lease(self, name: str, shards: tuple[int, ...]) -> None:
+        """Shards that are passed over are free: after a journal was lost, nobody may know who had them."""
         for shard in shards:
+            for between in range(self.next, shard):
+                self.free.add(between)
+                self.cursors.setdefault(between, 0)
             self.holders[shard] = name
             self.free.discard(shard)
             self.cursors.setdefault(shard, 0)
