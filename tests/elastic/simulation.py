@@ -840,7 +840,7 @@ class World:
     def recover(self) -> None:
         """A new host, for when the others are believed to be lost: it asks the peers that find it what they know."""
         host = self.serve(self.ledger.fork())
-        host.recovery = Recovery(RUN)
+        host.recovery = Recovery(RUN, skipped=len(self.hosts))  # they would draw different ones, too
 
     def black_out(self, *, journal: bool) -> None:
         """The whole run dies; peers keep their checkpoints, and the coordinator its journal or nothing."""
@@ -1281,7 +1281,10 @@ class World:
         """Whether the run has come to that version, or cannot: nobody has a state that it could go on from, or nobody
         can say what the state is."""
         if self.ledger.halted:
-            return not any(peer.running and peer.mode == "training" for peer in self.peers.values())
+            lives = (
+                {state.member.incarnation for state in self.membership.members.values()} if self.membership else set()
+            )
+            return not any(p.running and p.mode == "training" and p.incarnation in lives for p in self.peers.values())
         members = self.membership.members if self.membership else {}
         able = [
             peer for peer in self.peers.values() if peer.running and not peer.stuck and peer.mode != "stopped"
