@@ -18,15 +18,18 @@ wan: $(STAMP)
 	$(BIN)/python -m pytest -m wan tests/wan
 
 # Random faults on real processes with new seeds: training for so many seconds (CHAOS_SEED=N begins with that seed),
-# kills in mid all-reduce (KILLS_SEED), and schedules of faults on bare groups (SCHEDULE_SEED).
+# kills in mid all-reduce (KILLS_SEED), and schedules of faults on bare groups (SCHEDULE_SEED); random orders of events
+# through the control plane's state machine (ORDERS_SEED).
 CHAOS_SECONDS ?= 300
 CHAOS_KILLS ?= 1000
 CHAOS_SCHEDULES ?= 1000
+CHAOS_ORDERS ?= 20000
 chaos: export CHAOS_SECONDS := $(CHAOS_SECONDS)
 chaos: export CHAOS_KILLS := $(CHAOS_KILLS)
 chaos: export CHAOS_SCHEDULES := $(CHAOS_SCHEDULES)
+chaos: export CHAOS_ORDERS := $(CHAOS_ORDERS)
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos tests/collectives
+	$(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos tests/collectives tests/elastic
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ The rules are those of docs/design.md, "Rules of a round"; numbers in comments r
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -84,7 +84,7 @@ from .messages import (
 from .parity import Claims
 from .planning import Routes
 from .rounds import Operation, Pair, Phase
-from .runstate import LoopState, RunState, above
+from .runstate import LINEAGE, LoopState, RunState, above
 from .shards import ShardTable
 
 KEPT_COMMITS = 8
@@ -157,15 +157,16 @@ class Offer:
 class Loop:
     """An outer loop: its contract and how far each fragment is (durable), and what is open about its state.
 
-    claims: of the newest version of each fragment. vacant: since when its state is asked for and nobody holds it.
-    offers: checkpoints of the peers that ask, by name. halted: why it cannot go on.
+    digests: of the results that led to the latest versions. claims: of what the newest ones are.
+    founders: lives that were told to begin with what they have. halted: why the loop cannot go on.
     """
 
     spec: OperationSpec
     versions: dict[int, int] = field(default_factory=dict)
     hashes: dict[tuple[int, int], str] = field(default_factory=dict)
+    digests: dict[tuple[int, int], str] = field(default_factory=dict)
     rounds: int = 0
-    founder: int = 0
+    founders: set[int] = field(default_factory=set)
     claims: dict[int, Claims] = field(default_factory=dict)
     halted: str = ""
 
@@ -309,6 +310,8 @@ class Membership:
             return
         state = self.members.get(name)
         if state is not None and state.member.incarnation != incarnation:
+            if message.generation:  # a successor follows nobody yet: an old life, known to a journal that is lost
+                return
             self._depart(name, "another life of this name has joined", now)
             state = None
         if state is None:
@@ -348,13 +351,15 @@ class Membership:
             self._release(name)
         elif self.table and self.table.held_by(name):
             self._orphaned[name] = now
-        for tag, loop in self.loops.items():
-            for claims in loop.claims.values():
-                claims.forget(name)
-            self._offers.get(tag, {}).pop(name, None)
+        for offers in self._offers.values():
+            offers.pop(name, None)
+        self._forget_claims(name)
         operations = list(self.operations.values())
         for operation in operations:
             self._take_out(operation, name)
+        for tag, loop in self.loops.items():  # with one side gone, a dispute can be over
+            for fragment in loop.claims:
+                self._judge(tag, fragment, now)
         for operation in operations:  # one of them may find that others are gone too: all must know of this one first
             self._consider(operation, now)
 
@@ -438,6 +443,9 @@ class Membership:
         self.members[name].entered.add(message.tag)
         self.members[name].exited.discard(message.tag)
         self.members[name].trains.discard(message.tag)  # who asks has nothing to train from
+        self.members[name].held.pop((message.tag, message.fragment), None)
+        if loop is not None:
+            loop.founders.discard(message.incarnation)
         if not self._take_offer(name, message):
             return
         if loop is None or not self._begun(message.tag):
@@ -468,7 +476,7 @@ class Membership:
         The asker itself would not ask if it could have it, whatever it was before.
         """
         others = [state for name, state in self.members.items() if name != asker]
-        busy = any(state.member.incarnation == loop.founder or tag in state.trains for state in others)
+        busy = any(state.member.incarnation in loop.founders or tag in state.trains for state in others)
         return not busy and not self._returning
 
     def _enter_unheld(self, name: str, message: Enter, now: float) -> None:
@@ -483,7 +491,7 @@ class Membership:
         """Remembers what the peer has from a checkpoint; False if that is refused."""
         offers = self._offers.setdefault(message.tag, {})
         offers.pop(name, None)
-        if message.offered <= 0:
+        if message.offered < 0:
             return True
         try:
             state = RunState.from_bytes(message.state)
@@ -502,8 +510,7 @@ class Membership:
         """Goes on from the newest checkpoint that is offered; False if there is none after waiting for the others'."""
         tag = message.tag
         since = self._vacant.setdefault(tag, now)
-        offers = self._offers[tag].values()
-        best = max(offers, key=lambda offer: (offer.state.generation, offer.state.serial, offer.name), default=None)
+        best = self._best_offer(tag, message.fragment)
         if not (best and self._is_newest(best, tag, message.fragment)) and now - since < self.timeouts.grace:
             return True
         del self._vacant[tag]
@@ -512,10 +519,25 @@ class Membership:
         self._restore(best, tag, message.fragment, now)
         return True
 
+    def _best_offer(self, tag: str, fragment: int) -> Offer | None:
+        """Of the latest decision; if its checkpoints differ, as the run held it, or as most of them say."""
+        offers = self._offers[tag].values()
+        votes = Counter((offer.state.generation, offer.state.serial, offer.state_hash) for offer in offers)
+        agreed = self.loops[tag].hashes if tag in self.loops else {}
+
+        def rank(offer: Offer) -> tuple[int, int, bool, int, str]:
+            order = (offer.state.generation, offer.state.serial)
+            held = self._is_newest(offer, tag, fragment) and agreed.get((fragment, offer.version)) == offer.state_hash
+            return (*order, held, votes[(*order, offer.state_hash)], offer.name)
+
+        return max(offers, key=rank, default=None)
+
     def _is_newest(self, offer: Offer, tag: str, fragment: int) -> bool:
-        """Whether nothing that is committed is missing in this checkpoint."""
+        """Whether it is of the run's last decision: nothing that is committed is missing, and nothing else is in it."""
         loop = self.loops.get(tag)
-        return loop is not None and (loop.versions[fragment], self.tokens) == (offer.version, offer.state.tokens)
+        theirs = offer.state.generation // LINEAGE, offer.state.serial, offer.version, offer.state.tokens
+        ours = self.generation // LINEAGE, self.serial, loop.versions[fragment] if loop else -1, self.tokens
+        return theirs == ours
 
     def _restore(self, offer: Offer, tag: str, fragment: int, now: float) -> None:
         """The run goes on from this checkpoint. Of what was committed later nothing is left: that is said."""
@@ -523,7 +545,8 @@ class Membership:
             self._roll_back(offer, tag, fragment)
         loop = self.loops[tag]
         loop.hashes[fragment, offer.version] = offer.state_hash
-        loop.founder, loop.halted = offer.incarnation, ""
+        loop.halted = ""
+        loop.claims.pop(fragment, None)
         for holder in self._holders_without_member():
             self._orphaned.setdefault(holder, now)
         for state in self.members.values():
@@ -531,12 +554,14 @@ class Membership:
             state.trains.discard(tag)
         for name, each in self._offers.pop(tag).items():
             if (each.version, each.state_hash) == (offer.version, offer.state_hash):
+                loop.founders.add(each.incarnation)
                 self._send(name, self._base(tag, fragment))
 
     def _roll_back(self, offer: Offer, tag: str, fragment: int) -> None:
         loop = self.loops.get(tag)
         before, tokens = loop.versions.get(fragment, 0) if loop else 0, self.tokens
-        foreign = offer.state.generation >= self.generation  # of a journal that this coordinator does not have
+        theirs = (offer.state.generation, offer.state.serial)
+        foreign = theirs > (self.generation, self.serial)  # of a journal that this coordinator does not have
         generation = above(offer.state.generation) if foreign else self.generation
         reason = f"checkpoint of version {offer.version} offered by {offer.name}"
         self._record(Restored(state=offer.state, generation=generation, reason=reason))
@@ -563,7 +588,7 @@ class Membership:
             tag=message.tag, spec=message.spec, fragment=message.fragment, state_hash=message.state_hash
         )
         self._record(record)
-        self.loops[message.tag].founder = message.incarnation
+        self.loops[message.tag].founders.add(message.incarnation)
         self._emit("loop.founded", peer=name, tag=message.tag, state_hash=message.state_hash)
         self._send(name, self._base(message.tag, message.fragment, found=True))
 
@@ -580,6 +605,7 @@ class Membership:
             state_hash=state_hash,
             sources=sources,
             state=self.state().to_bytes(),
+            digest=loop.digests.get((fragment, version), ""),
         )
         return base
 
@@ -595,10 +621,13 @@ class Membership:
     def _applied(self, name: str, message: Applied, now: float) -> None:
         loop = self.loops.get(message.tag)
         newest = loop.versions.get(message.fragment, -1) if loop else -1
-        if loop is None or loop.halted or message.version < 0 or newest < 0:
+        if loop is None or message.version < 0 or newest < 0:
             return
-        if message.version > newest:  # of a line that was rolled back
-            self._catch_up(name, message.tag, message.fragment, message.version)
+        if loop.halted:
+            self._refuse(name, message, "ParityError", loop.halted, tag=message.tag)
+            return
+        if self._is_void(loop, message, newest):
+            self._lead_back(name, message.tag, message.fragment, now)
             return
         if not self._agrees(name, message, loop, newest, now):
             return
@@ -618,7 +647,36 @@ class Membership:
         if progress.finished and not progress.behind:
             self._broadcast(self._stamp(Pong, progress=progress))  # the holders need not stay any longer
 
+    def _is_void(self, loop: Loop, message: Applied, newest: int) -> bool:
+        """Whether what the peer holds belongs to rounds that the run has left behind, or never knew."""
+        led_to = loop.digests.get((message.fragment, message.version), "")
+        return message.version > newest or ("" not in (message.digest, led_to) and message.digest != led_to)
+
+    def _lead_back(self, name: str, tag: str, fragment: int, now: float) -> None:
+        """The peer is to take the state that the run holds; if nobody holds it, to say what it has instead."""
+        state = self.members[name]
+        state.held.pop((tag, fragment), None)
+        state.trains.discard(tag)
+        operation = self.operations.get(tag)
+        if operation is not None and operation.fragment == fragment:
+            self._disqualify(operation, name, now)
+        self._emit("peer.led_back", peer=name, tag=tag, version=self.loops[tag].versions[fragment])
+        self._send(name, self._base(tag, fragment))
+
+    def _disqualify(self, operation: Operation, name: str, now: float) -> None:
+        """What this peer has proposed must not count, not even in a running attempt."""
+        if operation.in_attempt(name):
+            operation.withdrawn.add(name)
+            if operation.phase is Phase.RUNNING:
+                self._abort(operation, f"{name} does not hold what the run holds", now)
+        self._withdraw(operation, name, now)
+
     # --- parity -----------------------------------------------------------------------------------------------------
+
+    def _forget_claims(self, name: str) -> None:
+        for loop in self.loops.values():
+            for claims in loop.claims.values():
+                claims.forget(name)
 
     def _agrees(self, name: str, message: Applied, loop: Loop, newest: int, now: float) -> bool:
         """Takes note of what the peer holds; False if that is not what the run holds, and is decided."""
@@ -630,28 +688,34 @@ class Membership:
         loop.hashes.pop((message.fragment, message.version - KEPT_COMMITS), None)
         if message.computed and message.version == newest:
             claims.claim(name, message.state_hash, now)
-        elif agreed != message.state_hash:
+        elif agreed != message.state_hash and not (claims.disputed and message.version == newest):
             self._repair(name, message.tag, message.fragment, message.version, message.state_hash, now)
             return False
         return True
 
     def _judge(self, tag: str, fragment: int, now: float) -> None:
-        """Finds out which of several claims about the newest version is right, and repairs who was wrong."""
+        """Finds out which of several claims about the newest version is right, and repairs whoever holds another.
+
+        Whoever has computed it decides over those who have fetched it from somebody.
+        """
         loop = self.loops[tag]
         claims = loop.claims[fragment]
-        if not claims.disputed or loop.halted:
+        key = (fragment, claims.version)
+        if loop.halted or not (claims.disputed or claims.unanimous not in ("", loop.hashes.get(key))):
             return
-        voters = {n for n, s in self.members.items() if not s.silent and (tag in s.trains or n in claims.claimed)}
-        right = claims.majority(voters) or self._proven(tag, fragment, voters, now)
-        operation = self.operations.get(tag)
-        if not right or (operation and any(operation.in_attempt(name) for name in claims.claimed)):
-            return  # what is in a running attempt is decided by that: nobody may read samples again that it counts
-        loop.hashes[fragment, claims.version] = right
-        held = dict(claims.claimed)
-        for name in claims.settle(right):
-            self._repair(name, tag, fragment, claims.version, held[name], now)
-        if operation is not None:
-            self._consider(operation, now)
+        awake = {name for name, state in self.members.items() if not state.silent}
+        voters = claims.claimed.keys() | {name for name in awake if tag in self.members[name].trains}
+        right = claims.unanimous or claims.majority(voters) or self._proven(tag, fragment, voters, now)
+        if not right:
+            return
+        loop.hashes[key] = right
+        claims.settle(right)
+        for name, state in list(self.members.items()):
+            version, held = state.held.get((tag, fragment), (-1, ""))
+            if version == claims.version and held != right:
+                self._repair(name, tag, fragment, version, held, now)
+        if tag in self.operations:
+            self._consider(self.operations[tag], now)
 
     def _proven(self, tag: str, fragment: int, voters: set[str], now: float) -> str:
         """Rule 9: without a majority, each side works it out again."""
@@ -664,7 +728,8 @@ class Membership:
         if claims.asked is None:
             return ""
         waited = now - claims.asked
-        if not claims.recomputed(voters) and waited <= self.timeouts.operation:
+        awake = {name for name in claims.claimed if not self.members[name].silent}
+        if not claims.recomputed(awake) and waited <= self.timeouts.operation:
             return ""
         right = claims.proven()
         if not right:
@@ -690,7 +755,7 @@ class Membership:
         state.trains.discard(tag)
         operation = self.operations.get(tag)
         if operation is not None and operation.fragment == fragment:
-            self._withdraw(operation, name, now)
+            self._disqualify(operation, name, now)
         self._send(name, self._base(tag, fragment))
 
     def _halt(self, tag: str, claims: Claims) -> None:
@@ -715,7 +780,7 @@ class Membership:
         held = self._holders(tag, fragment)
         if commit and (commit.sources or not held):  # without sources, the peer itself may still have the result
             self._send(name, commit)
-        elif held:
+        elif held or not self._returning:  # nobody has it: the peer is to say what it has itself
             self._send(name, self._base(tag, fragment))
 
     def _exit(self, name: str, tag: str, now: float) -> None:
@@ -893,26 +958,34 @@ class Membership:
         if message.base_version != loop.versions[message.fragment]:
             self._catch_up(name, message.tag, message.fragment, message.base_version)
             return False
-        if loop.halted or self._mismatch(name, message, loop.spec, message.spec):
+        if loop.halted:
+            self._refuse(name, message, "ParityError", loop.halted, tag=message.tag, sequence=message.sequence)
+            return False
+        if self._mismatch(name, message, loop.spec, message.spec):
             return False
         if self._holds_others_shards(name, message):
             self._send(name, self._base(message.tag, message.fragment))
             return False
-        agreed = loop.hashes.get((message.fragment, message.base_version), message.base_hash)
+        return self._same_base(name, message, loop, now)
+
+    def _same_base(self, name: str, message: Propose, loop: Loop, now: float) -> bool:
+        """Whether it was measured from what the run holds; if that is disputed, the round waits for the decision."""
+        agreed = loop.hashes.get((message.fragment, message.base_version), "")
         claims = loop.claims.get(message.fragment)
-        claimed = claims.claimed.get(name) if claims else None
-        if message.base_hash in ("", agreed, claimed):
-            return True  # if it is disputed, the round waits for the decision
-        self._repair(name, message.tag, message.fragment, message.base_version, message.base_hash, now)
-        return False
+        disputed = claims is not None and claims.disputed
+        said = self.members[name].held.get((message.tag, message.fragment))
+        if message.base_hash and said != (message.base_version, message.base_hash):
+            self._send(name, self._stamp(Represent))  # it has not said what it holds, or is being led back
+            return False
+        if agreed and message.base_hash not in ("", agreed) and not disputed:
+            self._repair(name, message.tag, message.fragment, message.base_version, message.base_hash, now)
+            return False
+        return True
 
     def _holds_others_shards(self, name: str, message: Propose) -> bool:
         """Whether it has read what the run does not know it to hold: leases can be lost with a journal."""
-        table = self.table
-        return table is not None and any(
-            shard >= table.next or table.holders.get(shard, name if shard not in table.cursors else "") != name
-            for shard in message.cursors
-        )
+        holders = self.table.holders if self.table else {}
+        return any(holders.get(shard) != name for shard in message.cursors)
 
     def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
         """Rule 10: names the first difference between what the run does and what the peer wants."""
@@ -1063,9 +1136,7 @@ class Membership:
     def _done(self, name: str, message: DoneReport, now: float) -> None:
         operation = self.operations.get(message.tag)
         if operation is None or not operation.is_current(message.round, message.attempt):
-            _, _, reply = self._decided.get((message.tag, name), (0, -1, None))
-            if isinstance(reply, Commit) and reply.round == message.round:
-                self._send(name, self._renewed(reply))
+            self._tell_end(name, message)
             return
         if not self._in_attempt_alive(operation, name):
             return  # a receiver's success is its own
@@ -1075,6 +1146,23 @@ class Membership:
             if len(operation.done) < len(operation.lives):
                 return  # whoever is lost or silent meanwhile is found when that happens
         self._consider(operation, now)
+
+    def _tell_end(self, name: str, message: DoneReport) -> None:
+        """The attempt is over, and word of that did not arrive: who holds a result would wait for it."""
+        for commit in self.commits.get(message.tag, ()):
+            if commit.round == message.round:
+                self._send(name, self._renewed(commit))
+                return
+        abort = Abort(
+            run=self.run,
+            generation=self.generation,
+            epoch=self.epoch,
+            tag=message.tag,
+            round=message.round,
+            attempt=message.attempt,
+            reason="the round went on without this peer",
+        )
+        self._send(name, self._stamp(Cancel, abort=abort))
 
     def _failed(self, name: str, message: FailedReport, now: float) -> None:
         operation = self.operations.get(message.tag)
@@ -1302,7 +1390,9 @@ class Membership:
         """After a restart: plain operations that a peer saw committed are committed (rule 2)."""
         for note in notes:
             known = any(commit.round == note.round for commit in self.commits.get(note.tag, ()))
-            if known or note.tag in self.loops or note.round < self._rounds.get(note.tag, 0):
+            operation = self.operations.get(note.tag)
+            begun = operation is not None and operation.phase is not Phase.GATHERING  # too late: it is decided here
+            if known or begun or note.tag in self.loops or note.round < self._rounds.get(note.tag, 0):
                 continue
             self._note_commit(
                 Committed(
@@ -1386,7 +1476,9 @@ class Membership:
         if self.table:
             self.table.commit(record.cursors)
         if not record.skipped:
-            loop.founder = 0
+            loop.founders.clear()
+            loop.digests[record.fragment, record.version] = record.digest
+            loop.digests.pop((record.fragment, record.version - KEPT_COMMITS), None)
         self.last_contributors = record.contributors
         self._note_commit(record)
 
@@ -1402,6 +1494,7 @@ class Membership:
             loop = self.loops[each.tag] = Loop(each.spec, rounds=max(each.rounds, before.rounds if before else 0))
             loop.versions.update(each.versions)
             loop.hashes.update({(f, each.versions[f]): held for f, held in each.hashes.items() if held})
+            loop.digests.update({(f, each.versions[f]): led_to for f, led_to in each.digests.items()})
             self.commits.pop(each.tag, None)
             self.operations.pop(each.tag, None)
             self._rounds[each.tag] = loop.rounds
@@ -1416,6 +1509,7 @@ class Membership:
                 rounds=loop.rounds,
                 versions=dict(loop.versions),
                 hashes={fragment: loop.hashes.get((fragment, v), "") for fragment, v in loop.versions.items()},
+                digests={fragment: loop.digests.get((fragment, v), "") for fragment, v in loop.versions.items()},
             )
             for tag, loop in self.loops.items()
         )

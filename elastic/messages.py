@@ -214,6 +214,8 @@ class Applied(Message):
 
     receiving: it has nothing to train on for now, and only follows: no round needs to wait for it (rule 11).
     computed: it is the outcome of an outer step of its own, not of a transfer: it counts when hashes differ.
+    digest: of the result that led to this version, from the Commit, or as the Base said ("": not known). A version
+    that another result led to was committed by a coordinator that the run does not follow any more.
     """
 
     tag: str
@@ -222,6 +224,7 @@ class Applied(Message):
     state_hash: str
     receiving: bool = False
     computed: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,9 +384,10 @@ class RoundFailed(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base(Message):
-    """The outer state to begin from. No sources: this peer has it itself; no hash either: it may found the run.
+    """The outer state to begin from. state: the run state (RunState), encoded. digest: of the result that led to it.
 
-    state: the run state (RunState), encoded.
+    No sources: this peer has it itself, and may found the run if there is no hash either; if it does not have it,
+    nobody has, and it should enter again with what it has.
     """
 
     tag: str
@@ -392,6 +396,7 @@ class Base(Message):
     state_hash: str
     sources: tuple[Member, ...]
     state: bytes = b""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

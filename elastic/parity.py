@@ -30,6 +30,12 @@ class Claims:
     def disputed(self) -> bool:
         return len(set(self.claimed.values())) > 1
 
+    @property
+    def unanimous(self) -> str:
+        """What all claims say; "" if there is none, or they differ."""
+        held = set(self.claimed.values())
+        return held.pop() if len(held) == 1 else ""
+
     def claim(self, name: str, state_hash: str, now: float) -> None:
         self.claimed[name] = state_hash
         if self.disputed and self.since is None:

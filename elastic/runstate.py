@@ -16,20 +16,24 @@ LINEAGE = 1 << 20
 still count to, should it come back."""
 
 
-def above(generation: int) -> int:
-    """The first number of the next lineage."""
-    return (generation // LINEAGE + 1) * LINEAGE
+def above(generation: int, skipped: int = 0) -> int:
+    """The first number of the next lineage, or of one further on."""
+    return (generation // LINEAGE + 1 + skipped) * LINEAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopState:
-    """An outer loop after `rounds` rounds. versions, hashes: of each fragment; "" where the hash is not yet known."""
+    """An outer loop after `rounds` rounds. versions, hashes: of each fragment; "" where the hash is not yet known.
+
+    digests: of the results that led to these versions.
+    """
 
     tag: str
     spec: OperationSpec
     rounds: int
     versions: dict[int, int]
     hashes: dict[int, str]
+    digests: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,11 +163,24 @@ class ShardTable:
         return fresh if not self.epochs or epoch < self.epochs else None
 
     def lease(self, name: str, shards: tuple[int, ...]) -> None:
+        """Shards that are passed over are free: after a journal was lost, nobody may know who had them."""
         for shard in shards:
+            for between in self._passed_over(shard):
+                self.free.add(between)
+                self.cursors.setdefault(between, 0)
             self.holders[shard] = name
             self.free.discard(shard)
             self.cursors.setdefault(shard, 0)
             self.next = max(self.next, shard + 1)
+
+    def _passed_over(self, shard: int) -> Iterator[int]:
+        """From `next` up to the shard, all that have samples."""
+        each = self.layout.shards_per_epoch
+        for epoch in range(self.layout.epoch(self.next), self.layout.epoch(shard) + 1):
+            known = epoch in self.ends or not self.layout.stream
+            count = math.ceil(self.ends.get(epoch, self.layout.samples) / self.layout.shard_size) if known else 0
+            stop = shard if epoch == self.layout.epoch(shard) else epoch * each + count
+            yield from range(max(self.next, epoch * each), stop)
 
     def commit(self, cursors: dict[int, int]) -> None:
         """Moves cursors forward, never back; a shard read to its end is closed."""

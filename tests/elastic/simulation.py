@@ -1,7 +1,11 @@
 """A whole run in one thread: the real Membership, simulated peers, and a network and clock that a test drives.
 
-Nothing here waits, opens a socket or reads a clock. Every step of the coordinator is compared with an independent
+Nothing here waits, opens a socket or reads a clock. Every step of a coordinator is compared with an independent
 account (`Ledger`) of what may be committed; a difference is an AssertionError.
+
+A coordinator lives on a `Host`. Hosts can be lost with their journals; a new one then brings the run together from what
+peers know, while the old one may live on and go on deciding with whoever still talks to it. Each host has a line of its
+own: the ledger holds for that line, and what one line commits after the other has forked off is void in the other.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from collectives.records import Identity, LinkFailure, Member, Start
 from elastic.audit import audit
 from elastic.config import RunPolicy, Timeouts
-from elastic.journal import Committed, Departed, LoopFounded, Opened, Record
+from elastic.journal import Committed, Departed, LoopFounded, Opened, Record, Restored
 from elastic.membership import Emit, Membership, Persist, Send
 from elastic.messages import (
     STREAM,
@@ -27,6 +32,7 @@ from elastic.messages import (
     CommitNote,
     DoneReport,
     Enter,
+    Exit,
     Expelled,
     FailedReport,
     Gone,
@@ -46,10 +52,12 @@ from elastic.messages import (
     Refused,
     Represent,
     RoundFailed,
+    View,
     Welcome,
     Withdraw,
 )
-from elastic.runstate import RunState
+from elastic.recovery import Recovery
+from elastic.runstate import LINEAGE, RunState
 from elastic.shards import Layout, ShardReader, Stretch
 
 RUN, OUTER, PLAIN, SPREAD, GATHER = "run", "outer", "grads", "news", "parts"
@@ -69,6 +77,42 @@ def digest_of(*parts: Any) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
 
 
+@cache
+def run_state(data: bytes) -> RunState:
+    return RunState.from_bytes(data)
+
+
+def order_of(state: RunState) -> tuple[int, int]:
+    """Later decisions of a run have higher ones, in whichever line."""
+    return (state.generation, state.serial)
+
+
+def timeless(state: RunState) -> str:
+    """A run state without what a restart may change, as comparable text."""
+    loops = sorted((loop.tag, loop.spec, loop.rounds, sorted(loop.versions.items())) for loop in state.loops)
+    data = replace(state.data, cursors={}, holders={})
+    shards = (sorted(state.data.cursors.items()), sorted(state.data.holders.items()))
+    return repr((state.run, state.serial, state.tokens, loops, data, shards))
+
+
+def key_of(state: RunState) -> bytes:
+    """Which decision of which line this run state is as of."""
+    return replace(state, epoch=0).to_bytes()
+
+
+class Checkpoint(NamedTuple):
+    """What a peer keeps of one version: state hash, run state, digest of the result that made it."""
+
+    version: int
+    state_hash: str
+    state: bytes
+    digest: str
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return order_of(run_state(self.state))
+
+
 def durable(membership: Membership) -> str:
     """Everything that a journal must give back, as one comparable text."""
     table = membership.table
@@ -79,7 +123,7 @@ def durable(membership: Membership) -> str:
         sorted((tag, loop.spec, loop.versions, loop.rounds) for tag, loop in membership.loops.items()),
         table and (sorted(table.holders.items()), sorted(table.cursors.items()), sorted(table.free), table.next,
                    table.committed),
-        membership.tokens, membership.epoch,
+        membership.tokens, membership.epoch, membership.serial,
     ))  # fmt: skip
 
 
@@ -126,18 +170,29 @@ class SimPeer:
     """
 
     def __init__(
-        self, name: str, incarnation: int, *, hidden: bool = False, data: SimData | None = None, ahead: int = 0
+        self,
+        name: str,
+        incarnation: int,
+        *,
+        host: Host | None = None,
+        hidden: bool = False,
+        disk: Checkpoint | None = None,
+        data: SimData | None = None,
+        ahead: int = 0,
     ) -> None:
-        self.hidden, self.data, self.ahead = hidden, data or SimData(), ahead
+        self.host, self.hidden, self.disk = host, hidden, disk
+        self.data, self.ahead = data or SimData(), ahead
+        self.sole = True  # there was one coordinator only, with its journal
         self.name, self.incarnation, self.generation = name, incarnation, 0
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
         self.expelled = ""
         self.mode = "out"
         self.version = -1
-        self.computed = self.corrupt = False
-        self.before = ""
-        self.knows: RunState | None = None
-        self.members: dict[str, int] = {}
+        self.computed = self.corrupt = self.defective = False
+        self.before = self.last = ""
+        self.knows = b""
+        self.view, self.epoch = dict[str, int](), 0
+        self.saved: dict[int, Checkpoint] = {}
         self.states: dict[int, str] = {}
         self.results: dict[int, str] = {}
         self.fetching: Base | None = None
@@ -172,19 +227,27 @@ class SimPeer:
         return digest_of("founder", self.name, self.incarnation)
 
     def say(self, kind: type[Any], **fields: Any) -> None:
-        common = {"run": RUN, "generation": self.generation, "incarnation": self.incarnation}
+        common = {"run": RUN, "generation": self.generation, "incarnation": self.incarnation, "epoch": self.epoch}
         self.outbox.append(kind(**common | fields))
 
     # --- what the training script does ------------------------------------------------------------------------------
 
-    def join(self) -> None:
-        self.say(Join, member=self.member, site="here", commits=tuple(self.notes))
+    def join(self, *, recall: bool = False) -> None:
+        memory = {"view": self.view, "state": self.knows, "holding": self.reader.holding} if recall else {}
+        self.say(Join, member=self.member, site="here", commits=tuple(self.notes), **memory)
 
     def enter(self) -> None:
         if self.mode == "out":
             self.mode = "entering"
         if self.mode == "entering" and self.fetching is None:
-            self.say(Enter, tag=OUTER, spec=OUTER_SPEC, state_hash=self.own_state)
+            has = self.newest()
+            offer = {"offered": has.version, "offered_hash": has.state_hash, "state": has.state} if has else {}
+            self.say(Enter, tag=OUTER, spec=OUTER_SPEC, state_hash=self.own_state, **offer)
+
+    def newest(self) -> Checkpoint | None:
+        """The latest decision that it has the state of, in memory or from a checkpoint."""
+        held = [each for each in (self.disk, self.saved.get(self.version)) if each]
+        return max(held, key=lambda each: each.order, default=None)
 
     def lease(self) -> None:
         self.questions += 1
@@ -204,6 +267,7 @@ class SimPeer:
             self.reader.stepped(1)
             shard, start, stop = self.in_flight.popleft()
             self.learned.update((shard, position) for position in range(start, stop))
+            self._drop_what_is_spoiled()
 
     def _look_for_the_end(self, handed: Stretch) -> None:
         layout, epoch = self.data.layout, self.data.layout.epoch(handed.shard)
@@ -286,19 +350,20 @@ class SimPeer:
     # --- what the coordinator says ----------------------------------------------------------------------------------
 
     def receive(self, message: Message, now: float) -> None:
-        if isinstance(message, Expelled):
-            self.expelled = message.reason
-            return
         if message.generation < self.generation:
             return
         if message.generation > self.generation:
             self._new_generation(message.generation)
+        if isinstance(message, Expelled):
+            self.expelled = message.reason
         match message:
             case Represent():
                 self.joined = False
-                self.join()
+                self.join(recall=message.recall)
             case Welcome():
-                self._welcomed()
+                self._welcomed(message)
+            case View():
+                self._viewed(message)
             case Begin():
                 self._begin(message.start, now)
             case Cancel():
@@ -317,18 +382,34 @@ class SimPeer:
                 self._refused(message)
 
     def _new_generation(self, generation: int) -> None:
-        self.generation, self.joined = generation, False
+        if generation // LINEAGE != self.generation // LINEAGE:  # another line numbers its rounds by itself
+            self.slots[OUTER].last_round = -1
+        self.generation, self.epoch, self.joined = generation, 0, False
         for slot in self.slots.values():
             slot.start = slot.report = None
 
-    def _welcomed(self) -> None:
+    def _welcomed(self, message: Welcome) -> None:
         fresh = not self.joined
         self.joined = True
+        assert message.epoch >= self.epoch, "the epoch went back"
+        self.epoch, self.view = message.epoch, {member.name: member.incarnation for member in message.members}
         if fresh and self.mode == "training":
             self.announce()
         for slot in self.slots.values() if fresh else ():
             if slot.proposal is not None:
                 self._say_proposal(slot)
+
+    def _viewed(self, message: View) -> None:
+        if message.epoch == self.epoch + 1:
+            self.epoch = message.epoch
+            self.view = {name: each for name, each in self.view.items() if name not in message.removed}
+            self.view |= {member.name: member.incarnation for member in message.added}
+        elif message.epoch > self.epoch:
+            self.join()
+
+    def _learn(self, state: bytes) -> None:
+        if state and (not self.knows or order_of(run_state(state)) >= order_of(run_state(self.knows))):
+            self.knows = state
 
     def _begin(self, start: Start, now: float) -> None:
         slot = self.slots[start.tag]
@@ -389,8 +470,9 @@ class SimPeer:
 
     def _outer_commit(self, commit: Commit) -> None:
         slot = self.slots[OUTER]
+        self._learn(commit.state)
         if commit.skipped:  # what was proposed was not counted: it goes into the next proposal
-            if commit.round > slot.last_round:
+            if commit.round > slot.last_round and commit.version == self.version:
                 slot.last_round = commit.round
                 slot.close()
         elif commit.version > self.version and self.mode != "out":
@@ -400,6 +482,9 @@ class SimPeer:
     def advance(self, pull: Callable[[Commit], bool]) -> None:
         """Applies what was committed, as far as the results are here or can be pulled."""
         while self.mode == "training" and (commit := self.wanted.get(self.version + 1)) is not None:
+            if commit.base_hash not in ("", self.states[self.version]):
+                self.mode = "entering"  # it leads on from something else than what this peer holds
+                return
             if self.slots[OUTER].result != commit.digest and not pull(commit):
                 return
             self._apply(commit)
@@ -418,10 +503,12 @@ class SimPeer:
             self.corrupt, state = False, digest_of("bits fell over", state)
         self.results[commit.version] = commit.digest
         self.results.pop(commit.version - KEPT, None)
-        self._adopt(commit.version, state, computed=True)
+        self._adopt(commit.version, state, commit.state, commit.digest, computed=True)
 
-    def _adopt(self, version: int, state: str, *, computed: bool = False) -> None:
+    def _adopt(self, version: int, state: str, run: bytes, digest: str, *, computed: bool = False) -> None:
         self.version, self.states[version], self.computed = version, state, computed
+        self.digest = digest
+        self.saved = {version: Checkpoint(version, state, run, digest)} if run else {}
         self.states.pop(version - KEPT, None)
         for old in [old for old in self.wanted if old <= version]:
             del self.wanted[old]
@@ -429,41 +516,60 @@ class SimPeer:
 
     def announce(self) -> None:
         state = self.states[self.version]
-        self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=state, computed=self.computed)
+        self.say(Applied, tag=OUTER, fragment=0, version=self.version, state_hash=state, computed=self.computed,
+                 digest=self.digest)  # fmt: skip
 
     def _consume(self, proposal: Propose) -> None:
         self.reader.forget(proposal.cursors)
         self.learned -= self.offered[proposal.sequence]
 
     def _base(self, base: Base) -> None:
-        if self.mode == "entering" and not base.sources and base.state_hash == self.own_state:
-            self.mode = "training"
-            self._adopt(base.version, base.state_hash)
-        elif base.sources and (self.mode == "entering" or self._differs(base)):
-            self.mode, self.fetching = "entering", base
+        """What to begin from. Without sources, nobody else has it: it is this peer's own, or not to be had."""
+        self._learn(base.state)
+        if self.mode == "entering":
+            self._take_base(base)
+        elif self.mode == "training" and (base.version, base.state_hash) == (self.version, self.states[self.version]):
+            if self.slots[OUTER].proposal is not None:  # what it proposed cannot count: it reads anew
+                self.start_over()
+        elif self.mode == "training":
+            self.mode, self.fetching = "entering", base if base.sources else None
 
-    def _differs(self, base: Base) -> bool:
-        other = (base.version, base.state_hash) != (self.version, self.states.get(self.version))
-        return self.mode == "training" and other and base.version >= self.version
+    def _take_base(self, base: Base) -> None:
+        key, has = (base.version, base.state_hash), self.newest()
+        if self.version >= 0 and key == (self.version, self.states.get(self.version)):
+            self.mode, self.wanted = "training", {}
+            self.start_over()
+            self.announce()
+        elif has and key == (has.version, has.state_hash) and not base.sources:
+            self.fetched(base, has.state_hash)
+        elif base.sources:
+            self.fetching = base
+        elif base.state_hash == self.own_state:
+            self.fetched(base, self.own_state)
 
     def _recompute(self, message: Recompute) -> None:
         able = self.mode == "training" and self.computed and message.version == self.version
         again = digest_of(self.before, self.last) if able else ""
+        if able and self.defective:
+            again = self.states[self.version]
         self.say(Recomputed, tag=OUTER, fragment=0, version=message.version, state_hash=again)
 
     def fetched(self, base: Base, state: str) -> None:
-        """The whole state is here; what was read and not committed is read again, if this is not the first time."""
-        if self.version >= 0:
-            self.start_over()
-        self.mode, self.fetching, self.states, self.results = "training", None, {}, {}
-        self._adopt(base.version, state)
+        """The whole state is here; what was read and not committed is read again."""
+        self.start_over()
+        self.mode, self.fetching, self.states, self.results, self.wanted = "training", None, {}, {}, {}
+        self._adopt(base.version, state, base.state, base.digest)
 
     def start_over(self) -> None:
-        self.slots[OUTER].close()
-        self.version = -1
+        """What it has learned and not given is dropped; its samples are read again, from what is committed."""
+        slot = self.slots[OUTER]
+        if slot.proposal is not None:
+            self.say(Withdraw, tag=OUTER, sequence=slot.proposal.sequence)
+        slot.close()
         self.doubts.clear()
         self.learned.clear()
-        self._ask_where()
+        if self.reader.holding:
+            self._ask_where()
 
     def reset(self) -> None:
         """It has missed too many rounds: back to the outer parameters, and its samples are read again."""
@@ -482,17 +588,28 @@ class SimPeer:
         if message.sequence != self.questions:
             return
         assert all(self.reader.end(epoch, samples) for epoch, samples in message.ends.items())
-        assert self.reader.unfinished() <= message.shards.keys(), "a living peer has lost a shard"
+        lost = self.reader.unfinished() - message.shards.keys()
+        assert not (lost and self.sole), "a living peer has lost a shard, and no journal is lost"
+        self.reader.retain(message.shards.keys() | (set(self.reader) - self.reader.unfinished()))
         if self.rewinds_to:
             self.rewinds_to = 0
             self.reader.rewind(message.shards)
         self.reader.add(message.shards)
+        self._drop_what_is_spoiled()
+
+    def _drop_what_is_spoiled(self) -> None:
+        """What it has learned from others' samples is not its to give."""
+        if self.reader.spoiled and not self.rewinds_to:
+            self.start_over()
 
     def _refused(self, message: Refused) -> None:
         self.refusals.append(message)
-        if message.error == "ParityError":
+        if message.error == "ParityError" and message.tag == OUTER:  # raised in the script, which leaves the loop
             self.start_over()
-            self.mode, self.fetching = "entering", None
+            self.mode, self.fetching = "stopped", None
+            self.say(Exit, tag=OUTER)
+        elif message.error == "CheckpointMismatch":
+            self.disk, self.saved = None, {}
 
 
 def links_of(start: Start) -> set[frozenset[str]]:
@@ -510,18 +627,42 @@ def links_of(start: Start) -> set[frozenset[str]]:
     return {frozenset(pair) for pair in pairs}
 
 
+class Account(NamedTuple):
+    """What is committed as of one version: positions by shard, samples, and the state that it should come to."""
+
+    version: int
+    tokens: float
+    cursors: dict[int, int]
+    samples: frozenset[tuple[int, int]]
+    truth: str
+
+
+NOTHING = Account(-1, 0.0, {}, frozenset(), "")
+
+
 @dataclass
 class Ledger:
-    """What may be committed, worked out apart from the coordinator."""
+    """What one line of a run may commit, worked out apart from its coordinator.
+
+    truth: the state that the newest version comes to when every peer computes it right. history: the account as of each
+    durable decision, by its serial. offers: checkpoints that members have offered. recalled: what peers told a
+    coordinator that rebuilds the run. halted: nobody could say what the state is.
+    """
 
     version: int = -1
     round: int = 0
+    serial: int = 0
     tokens: float = 0.0
     epoch: int = 0
     generation: int = 0
+    truth: str = ""
+    halted: bool = False
     cursors: Counter[int] = field(default_factory=Counter)
     samples: Counter[tuple[int, int]] = field(default_factory=Counter)
-    states: dict[int, str] = field(default_factory=dict)
+    history: dict[int, Account] = field(default_factory=dict)
+    offers: dict[int, Checkpoint] = field(default_factory=dict)
+    recalled: dict[int, Join] = field(default_factory=dict)
+    claims: dict[int, tuple[int, str]] = field(default_factory=dict)
     digests: dict[int, str] = field(default_factory=dict)
     starts: dict[Identity, Start] = field(default_factory=dict)
     given: dict[Identity, dict[str, Propose]] = field(default_factory=dict)
@@ -533,6 +674,11 @@ class Ledger:
     dead: set[int] = field(default_factory=set)
     proved: set[int] = field(default_factory=set)
     skipped: int = 0
+
+    def fork(self) -> Ledger:
+        """The account of another line, in which numbers are given and lives end as in this one."""
+        shared = {name: getattr(self, name) for name in ("starts", "given", "learned", "dones", "dead", "proved")}
+        return Ledger(**shared)
 
     def digest(self, identity: Identity) -> str:
         """The exact result of an attempt: a function of whose numbers are in it, and of nothing else."""
@@ -573,18 +719,24 @@ class Ledger:
         return start
 
     def committed(self, record: Committed, members: set[int]) -> None:
+        assert not self.halted, "a round was committed although nobody can say what the state is"
         assert record.round == self.round, f"round {record.round} is committed, {self.round} was due"
         self.round += 1
+        self.serial += 1
         if record.skipped:
             assert record.version == self.version and not record.contributors and not record.tokens
             self.skipped += 1
+            self.note()
             return
         assert record.version == self.version + 1
         start = self.attempt(self.generation, record.tag, record.round, record.attempt)
         self._check_votes(start, record.digest, members)
         assert record.contributors == tuple(member.name for member in start.contributors)
-        self._count(record, start)
+        base = self._count(record, start)
         self.version, self.digests[record.version] = record.version, record.digest
+        self.truth = digest_of(base, record.digest)
+        self.claims.clear()
+        self.note()
 
     def _check_votes(self, start: Start, digest: str, members: set[int]) -> None:
         assert digest == self.digest(start.identity), "the digest is not that of the contributors' numbers"
@@ -592,11 +744,11 @@ class Ledger:
                  for m in start.contributors if m.incarnation in members]  # fmt: skip
         assert votes and set(votes) == {digest}, f"committed with the votes {votes}"
 
-    def _count(self, record: Committed, start: Start) -> None:
+    def _count(self, record: Committed, start: Start) -> str:
+        """Adds what the round counts; returns the state that it was measured from."""
         proposals = [self.given[start.identity][member.name] for member in start.contributors]
         assert record.tokens == sum(proposal.weight for proposal in proposals)
         for proposal in proposals:
-            assert proposal.base_hash == self.states[self.version], "a contribution was measured from another state"
             learned = self.learned[proposal.incarnation, proposal.sequence]
             self.samples.update(learned)
             for shard, begin in proposal.starts.items():
@@ -608,14 +760,42 @@ class Ledger:
         self.tokens += record.tokens
         assert max(self.samples.values(), default=1) == 1, "a sample was counted twice"
         assert self.tokens == sum(self.cursors.values())
+        bases = {proposal.base_hash for proposal in proposals}
+        assert len(bases) == 1, f"contributions were measured from different states: {bases}"
+        return bases.pop()
 
-    def applied(self, version: int, state: str) -> None:
-        if version > 0:  # before the first commit a loop can be founded anew
-            assert self.states.setdefault(version, state) == state, f"two states are both version {version}"
+    def note(self) -> None:
+        samples, cursors = frozenset(self.samples), dict(self.cursors)
+        self.history[self.serial] = Account(self.version, self.tokens, cursors, samples, self.truth)
+
+    def check(self, state: RunState) -> Account:
+        """Whether this run state says exactly what the account says; returns the account as of then."""
+        account = self.history[state.serial]
+        loop = state.loop(OUTER)
+        assert loop is not None and loop.versions == {0: account.version}
+        assert state.tokens == account.tokens == state.data.committed
+        for shard, position in account.cursors.items():
+            layout = Layout(state.data.samples, state.data.shard_size, state.data.seed)
+            assert state.data.cursors.get(shard, layout.size(shard, state.data.ends)) == position
+        return account
+
+    def restored(self, record: Restored, account: Account) -> None:
+        """What was committed after it is void: its samples count again, its rounds keep their numbers."""
+        state = record.state
+        loop = state.loop(OUTER)
+        self.serial = max(self.serial, state.serial) + 1
+        self.round = max(self.round, loop.rounds if loop else 0)
+        self.version, self.tokens, self.truth = account.version, account.tokens, account.truth
+        self.cursors, self.samples = Counter(account.cursors), Counter(account.samples)
+        self.generation = max(self.generation, record.generation)
+        self.halted = False
+        self.claims.clear()
+        self.note()
 
     def founded(self, record: LoopFounded) -> None:
         assert self.version <= 0, "committed rounds were thrown away"
-        self.version, self.states = 0, {0: record.state_hash}
+        self.version, self.truth = 0, record.state_hash
+        self.note()
 
     def departed(self, record: Departed, now: float) -> None:
         proof = record.incarnation in self.proved
@@ -632,8 +812,31 @@ class Ledger:
         assert self.plain_commits.setdefault(key, seen) == seen, f"plain round {commit.round} has two outcomes"
 
 
+@dataclass
+class Host:
+    """Where a coordinator runs, with its journal and the channels of the peers that talk to it.
+
+    lost: it never comes back. accepted: a person has told it to go on without a majority. crash: what is to happen in
+    the turn that comes, see `World._obey`.
+    """
+
+    ledger: Ledger
+    journal: list[Record] = field(default_factory=list)
+    membership: Membership | None = None
+    recovery: Recovery | None = None
+    lost: bool = False
+    accepted: bool = False
+    crash: str = ""
+    up: dict[int, deque[Message]] = field(default_factory=dict)
+    down: dict[int, deque[Message]] = field(default_factory=dict)
+
+
 class World:
-    """Coordinator, peers, channels and time. Each method is one thing that can happen."""
+    """Coordinators, peers, channels and time. Each method is one thing that can happen.
+
+    host: where peers look for the coordinator first; the newest one. disk: checkpoints by peer name, which outlive it.
+    accounts: what each run state stands for. voided: how often a line was left for a higher one.
+    """
 
     def __init__(
         self, policy: RunPolicy | None = None, *, hide: bool = False, data: SimData | None = None, ahead: int = 0
@@ -641,108 +844,258 @@ class World:
         self.policy = policy or RunPolicy()
         self.hide, self.data, self.ahead = hide, data, ahead
         self.now = 100.0
-        self.journal: list[Record] = []
+        self.hosts: list[Host] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.ledger = Ledger()
         self.peers: dict[int, SimPeer] = {}
-        self.up: dict[int, deque[Message]] = {}
-        self.down: dict[int, deque[Message]] = {}
+        self.disk: dict[str, Checkpoint] = {}
+        self.accounts: dict[bytes, Account] = {}
         self.cuts: set[frozenset[str]] = set()
-        self.crash = ""
+        self.drifted = False
+        self.seen: set[str] = set()
         self.steps = 0
         self.evidence = 0
-        self.membership: Membership | None = None
+        self.serve(Ledger())
         self.restart()
 
     # --- the coordinator --------------------------------------------------------------------------------------------
 
-    def restart(self) -> None:
+    @property
+    def host(self) -> Host:
+        return self.hosts[-1]
+
+    @property
+    def membership(self) -> Membership | None:
+        return self.host.membership
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.host.ledger
+
+    @property
+    def journal(self) -> list[Record]:
+        return self.host.journal
+
+    @property
+    def down(self) -> dict[int, deque[Message]]:
+        return self.host.down
+
+    @property
+    def crash(self) -> str:
+        return self.host.crash
+
+    @crash.setter
+    def crash(self, when: str) -> None:
+        self.host.crash = when
+
+    def serve(self, ledger: Ledger) -> Host:
+        """A coordinator's place that peers can find from now on."""
+        host = Host(ledger)
+        host.up, host.down = ({incarnation: deque() for incarnation in self.peers} for _ in range(2))
+        self.hosts.append(host)
+        for peer in self.peers.values():
+            peer.sole = len(self.hosts) == 1
+        return host
+
+    def restart(self, host: Host | None = None) -> None:
         """The next life of the coordinator, from what its journal holds."""
-        if self.membership is not None:
-            return
-        self.membership = Membership(RUN, self.policy, TIMES)
-        for incarnation in self.ledger.heard:
-            self.ledger.heard[incarnation] = self.now
-        self._obey(self.membership.begin(list(self.journal), self.now))
+        host = host or self.host
+        if host.membership is None and host.recovery is None and not host.lost:
+            self._open(host, list(host.journal))
 
-    def kill_coordinator(self, keep: int = 0) -> None:
+    def _open(self, host: Host, records: list[Record]) -> None:
+        host.membership = Membership(RUN, self.policy, TIMES)
+        host.ledger.halted = False
+        host.ledger.offers.clear()
+        for incarnation in host.ledger.heard:
+            host.ledger.heard[incarnation] = self.now
+        self._obey(host.membership.begin(records, self.now), host)
+        for state in host.membership.members.values() if host.membership else ():
+            host.ledger.heard[state.member.incarnation] = self.now
+
+    def kill_coordinator(self, keep: int = 0, host: Host | None = None) -> None:
         """keep: how many of the messages under way to each peer still arrive."""
-        if self.membership is None:
+        host = host or self.host
+        if host.membership is None:
             return
-        if not self.crash:
-            self.check_replay()
-        self.membership, self.crash = None, ""
-        for incarnation, queue in self.down.items():
-            self.down[incarnation] = deque(list(queue)[:keep])
+        if not host.crash:
+            self.check_replay(host)
+        host.membership, host.crash = None, ""
+        for incarnation, queue in host.down.items():
+            host.down[incarnation] = deque(list(queue)[:keep])
 
-    def check_replay(self) -> None:
-        assert self.membership is not None
-        replayed = Membership(RUN, self.policy, TIMES)
-        replayed.begin(list(self.journal), self.now)
-        assert durable(replayed) == durable(self.membership)
+    def lose(self, host: Host) -> None:
+        """The host burns down, with the journal."""
+        self.kill_coordinator(host=host)
+        host.lost, host.recovery = True, None
 
-    def _obey(self, effects: list[Any]) -> None:
-        """crash "before": the turn's records are lost with it; "after": they are durable, but nothing was sent."""
-        membership = self.membership
+    def recover(self) -> None:
+        """A new host, for when the others are believed to be lost: it asks the peers that find it what they know."""
+        host = self.serve(self.ledger.fork())
+        host.recovery = Recovery(RUN, skipped=len(self.hosts))  # they would draw different ones, too
+
+    def black_out(self, *, journal: bool) -> None:
+        """The whole run dies; peers keep their checkpoints, and the coordinator its journal or nothing."""
+        for peer in self.peers.values():
+            self.die(peer, keep=False)
+        if journal:
+            self.kill_coordinator()
+            self.restart()
+            return
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """With an empty journal; what there is are checkpoints."""
+        for host in self.hosts:
+            self.lose(host)
+        self.serve(Ledger())
+        self.restart()
+        for peer in self.peers.values():
+            self.move(peer, self.host)
+
+    def check_replay(self, host: Host | None = None) -> None:
+        """The journal gives back everything that lasts, and so does the small run state."""
+        membership = (host or self.host).membership
         assert membership is not None
-        crash = self.crash
+        replayed = Membership(RUN, self.policy, TIMES)
+        replayed.begin(list((host or self.host).journal), self.now)
+        assert durable(replayed) == durable(membership)
+        state = membership.state()
+        assert timeless(replayed.state()) == timeless(state)
+        rebuilt = Membership(RUN, self.policy, TIMES)
+        rebuilt.begin([Restored(state=state, generation=state.generation, reason="")], self.now)
+        assert timeless(replace(rebuilt.state(), serial=state.serial)) == timeless(state)
+        assert rebuilt.epoch >= membership.epoch and rebuilt.generation > membership.generation
+
+    def _obey(self, effects: list[Any], host: Host | None = None) -> None:
+        """crash "before": the turn's records are lost with it; "after": they are durable, but nothing was sent."""
+        host = host or self.host
+        membership, ledger, crash = host.membership, host.ledger, host.crash
+        assert membership is not None
         for effect in effects if crash != "before" else ():
             if isinstance(effect, Persist):
-                self._persist(effect.record)
+                self._persist(effect.record, host)
             elif isinstance(effect, Emit):
-                self.events.append((effect.event, effect.fields))
+                self._emitted(effect, host)
             elif isinstance(effect, Send) and not crash:
-                self._sent(effect)
+                self._sent(effect, host)
         if not crash:
-            assert membership.epoch >= self.ledger.epoch and membership.tokens == self.ledger.tokens
-            self.ledger.epoch = membership.epoch
+            assert membership.epoch >= ledger.epoch and membership.tokens == ledger.tokens
+            assert membership.serial == ledger.serial
+            ledger.epoch = membership.epoch
         elif effects:
-            self.kill_coordinator()
+            self.kill_coordinator(host=host)
 
-    def _persist(self, record: Record) -> None:
-        assert self.membership is not None
-        self.journal.append(record)
+    def _persist(self, record: Record, host: Host) -> None:
+        assert host.membership is not None
+        host.journal.append(record)
+        ledger = host.ledger
         match record:
             case Opened():
-                assert record.generation == self.ledger.generation + 1
-                self.ledger.generation = record.generation
+                assert record.generation == ledger.generation + 1
+                ledger.generation = record.generation
             case Committed():
-                self.ledger.committed(record, {s.member.incarnation for s in self.membership.members.values()})
+                if any(not other.lost and other.ledger.generation > ledger.generation for other in self.hosts):
+                    self.seen.add("went on beside a higher line")
+                ledger.committed(record, {s.member.incarnation for s in host.membership.members.values()})
             case Departed():
-                self.ledger.departed(record, self.now)
+                ledger.departed(record, self.now)
+                ledger.offers.pop(record.incarnation, None)
             case LoopFounded():
-                self.ledger.founded(record)
+                ledger.founded(record)
+            case Restored():
+                self._restored(record, host)
 
-    def _sent(self, effect: Send) -> None:
+    def _restored(self, record: Restored, host: Host) -> None:
+        order = order_of(record.state)
+        if host.ledger.offers:
+            assert order == max(offer.order for offer in host.ledger.offers.values()), "something newer was offered"
+        account = self.accounts[key_of(record.state)] if record.state.loops else NOTHING
+        host.ledger.restored(record, account)
+
+    def _emitted(self, effect: Emit, host: Host) -> None:
+        self.events.append((effect.event, effect.fields))
+        if effect.event == "parity.undecided":
+            host.ledger.halted = True
+        if effect.event == "parity.mismatch" and "held" in effect.fields:
+            self._check_repair(effect.fields, host)
+
+    def _check_repair(self, fields: dict[str, Any], host: Host) -> None:
+        """Nobody who is right is repaired while more than half of those who have computed the version are right."""
+        ledger = host.ledger
+        assert host.membership is not None
+        assert self.drifted or not fields["version"], f"{fields['peer']} is named although no bit fell over"
+        if fields["held"] != ledger.truth or fields["version"] != ledger.version:
+            return
+        members = {state.member.incarnation for state in host.membership.members.values()}
+        claims = [held for i, (version, held) in ledger.claims.items() if i in members and version == ledger.version]
+        right = claims.count(ledger.truth)
+        assert 2 * right <= len(claims), f"{fields['peer']} is right, and so are {right} of {len(claims)}"
+
+    def _sent(self, effect: Send, host: Host) -> None:
         message = effect.message
         if isinstance(message, Begin):
-            self.ledger.started(message.start)
+            host.ledger.started(message.start)
         if isinstance(message, Commit) and message.tag != OUTER:
-            self.ledger.plain(message)
-        if effect.incarnation in self.down:
-            self.down[effect.incarnation].append(message)
+            host.ledger.plain(message)
+        if isinstance(message, (Commit, Base)) and message.state:
+            state = run_state(message.state)
+            self.accounts.setdefault(key_of(state), host.ledger.check(state))
+        peer = self.peers.get(effect.incarnation)
+        if peer is not None and peer.host is host:
+            host.down[effect.incarnation].append(message)
 
     def tick(self, seconds: float = 1.0) -> None:
-        """Time passes; longer than a heartbeat means that the coordinator itself stood still."""
+        """Time passes; longer than a heartbeat means that the coordinators themselves stood still."""
         self.now += seconds
+        for host in self.hosts:
+            self._tick(host, gap=seconds > TIMES.heartbeat)
+
+    def _tick(self, host: Host, *, gap: bool) -> None:
         before = len(self.events)
-        if self.membership is not None:
-            gap = seconds > TIMES.heartbeat
-            if gap:
-                self._renew()
-            self._obey(self.membership.tick(self.now))
+        if gap or host.membership is None:
+            for incarnation in host.ledger.heard:
+                host.ledger.heard[incarnation] = self.now
+        if host.membership is not None:
+            self._obey(host.membership.tick(self.now), host)
             blamed = {event for event, _ in self.events[before:]} & {"peer.suspected", "peer.evicted"}
             assert not (gap and blamed), "others were blamed for the coordinator's own silence"
-        else:
-            self._renew()
+        elif host.recovery is not None and host.recovery.ready:
+            self._rebuild(host, host.recovery)
 
-    def _renew(self) -> None:
-        for incarnation in self.ledger.heard:
-            self.ledger.heard[incarnation] = self.now
+    def _rebuild(self, host: Host, recovery: Recovery) -> None:
+        """The new line begins."""
+        host.recovery = None
+        records = recovery.records()
+        restored = records[0]
+        assert isinstance(restored, Restored)
+        self.seen.add("rebuilt by a person's word" if host.accepted else "rebuilt by a majority")
+        if not host.accepted:
+            self._check_majority(host, restored, recovery.view)
+        host.membership = Membership(RUN, self.policy, TIMES)
+        for record in records:
+            self._persist(record, host)
+        self._open(host, records)
 
-    def to_coordinator(self, name: str, message: Message) -> None:
+    def _check_majority(self, host: Host, restored: Restored, view: dict[str, int]) -> None:
+        """A majority of the last view obeys nobody else any more; what a majority had heard of is not lost."""
+        told = host.ledger.recalled
+        there = [i for i in view.values() if i in told and told[i].generation == restored.generation]
+        assert 2 * len(there) > len(view), f"rebuilt from {there} of {view}"
+        assert all(self.peers[i].generation >= restored.generation for i in there)
+        known = sorted((order_of(run_state(self.peers[i].knows)) if self.peers[i].knows else (0, 0)
+                        for i in view.values()), reverse=True)  # fmt: skip
+        assert order_of(restored.state) >= known[len(view) // 2], "most had heard of a commit that is lost"
+
+    def to_coordinator(self, name: str, message: Message, host: Host | None = None) -> None:
         """One message arrives. What comes from an old life must change nothing that lasts."""
-        membership = self.membership
+        host = host or self.host
+        membership = host.membership
+        if host.recovery is not None:
+            if isinstance(message, Join) and message.view:
+                host.ledger.recalled[message.incarnation] = message
+            for effect in host.recovery.receive(name, message):
+                assert isinstance(effect, Send)
+                self._sent(effect, host)
         if membership is None:
             return
         state = membership.members.get(name)
@@ -751,13 +1104,12 @@ class World:
         stale = message.incarnation in membership.retired or not (isinstance(message, (Join, Gone)) or current)
         before = durable(membership) if stale else ""
         if not stale:
-            self._note(name, message, state)
+            self._note(name, message, state, host.ledger)
         effects = membership.receive(name, message, self.now)
         assert not stale or durable(membership) == before, "a message of an old life changed the run"
-        self._obey(effects)
+        self._obey(effects, host)
 
-    def _note(self, name: str, message: Message, state: Any) -> None:
-        ledger = self.ledger
+    def _note(self, name: str, message: Message, state: Any, ledger: Ledger) -> None:
         ledger.heard[message.incarnation] = self.now
         if isinstance(message, DoneReport):
             key = (message.generation, message.tag, message.round, message.attempt, message.incarnation)
@@ -766,25 +1118,60 @@ class World:
             ledger.proved.add(message.ended if isinstance(message, Gone) else message.incarnation)
         elif isinstance(message, Join) and state is not None and state.member.incarnation != message.incarnation:
             ledger.proved.add(state.member.incarnation)
+        elif isinstance(message, Applied) and message.computed:
+            ledger.claims[message.incarnation] = (message.version, message.state_hash)
+        elif isinstance(message, Enter):
+            ledger.offers.pop(message.incarnation, None)
+            if message.offered >= 0:
+                offer = Checkpoint(message.offered, message.offered_hash, message.state, "")
+                ledger.offers[message.incarnation] = offer
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
     def start(self, name: str) -> SimPeer:
         """A new life of this name; an older one may still be running."""
         hidden = self.hide and name in HIDDEN
-        peer = SimPeer(name, 1000 + len(self.peers), hidden=hidden, data=self.data, ahead=self.ahead)
+        peer = SimPeer(
+            name, 1000 + len(self.peers), host=self.host, hidden=hidden, disk=self.disk.get(name), data=self.data,
+            ahead=self.ahead,
+        )  # fmt: skip
         self.peers[peer.incarnation] = peer
-        self.up[peer.incarnation], self.down[peer.incarnation] = deque(), deque()
+        peer.sole = len(self.hosts) == 1
+        for host in self.hosts:
+            host.up[peer.incarnation], host.down[peer.incarnation] = deque(), deque()
         peer.join()
         self.flush(peer)
         return peer
 
     def flush(self, peer: SimPeer) -> None:
         for message in peer.outbox:
-            if isinstance(message, Applied):
-                self.ledger.applied(message.version, message.state_hash)
-        self.up[peer.incarnation].extend(peer.outbox)
+            if isinstance(message, Applied) and message.version > 0 and not self.drifted and len(self.hosts) == 1:
+                self._check_true(message)
+        assert peer.host is not None
+        peer.host.up[peer.incarnation].extend(peer.outbox)
         peer.outbox = []
+
+    def _check_true(self, message: Applied) -> None:
+        """As long as no bit falls over, whoever holds a version of the run's only line holds the true one."""
+        truths = {account.truth for account in self.ledger.history.values() if account.version == message.version}
+        assert message.state_hash in truths, f"this is no version {message.version}: {message.state_hash}"
+
+    def move(self, peer: SimPeer, host: Host) -> None:
+        """The peer has not heard its coordinator for a while, and tries another address."""
+        if peer.running and peer.host is not host:
+            assert peer.host is not None
+            peer.host.down[peer.incarnation].clear()
+            peer.host = host
+
+    def save(self, peer: SimPeer) -> None:
+        """Writes a checkpoint of what it holds."""
+        if peer.running and peer.mode == "training" and peer.version in peer.saved:
+            self.disk[peer.name] = peer.saved[peer.version]
+
+    def corrupt(self, peer: SimPeer, *, lasting: bool = False) -> None:
+        """The peer's next outer step gives other bits. lasting: whenever it is done again, too."""
+        peer.corrupt = self.drifted = True
+        peer.defective = lasting
 
     def act(self, peer: SimPeer, name: str, *arguments: Any) -> None:
         """The peer's script calls one of its methods."""
@@ -796,14 +1183,16 @@ class World:
         """The process ends; what it had sent may still arrive."""
         peer.alive = False
         self.ledger.dead.add(peer.incarnation)
-        self.down[peer.incarnation].clear()
-        if not keep:
-            self.up[peer.incarnation].clear()
+        for host in self.hosts:
+            host.down[peer.incarnation].clear()
+            if not keep:
+                host.up[peer.incarnation].clear()
 
     def prove(self, peer: SimPeer) -> None:
         if not peer.alive:
             gone = Gone(run=RUN, incarnation=1, name=peer.name, ended=peer.incarnation, evidence="killed by signal 9")
-            self.to_coordinator("supervisor", gone)
+            for host in self.hosts:
+                self.to_coordinator("supervisor", gone, host)
 
     def lose_link(self, peer: SimPeer, other: SimPeer) -> None:
         """An idle link breaks; if the other process is gone, its port says so."""
@@ -816,21 +1205,25 @@ class World:
             self.flush(peer)
 
     def deliver_up(self, peer: SimPeer, count: int = 1) -> None:
-        queue = self.up[peer.incarnation]
-        for _ in range(min(count, len(queue))):
-            if self.membership is not None:
-                self.to_coordinator(peer.name, queue.popleft())
+        """What it said before it moved arrives, too, where it was said."""
+        for host in self.hosts:
+            queue = host.up[peer.incarnation]
+            for _ in range(min(count, len(queue))):
+                if host.membership is not None or host.recovery is not None:
+                    self.to_coordinator(peer.name, queue.popleft(), host)
 
     def deliver_down(self, peer: SimPeer, count: int = 1) -> None:
-        queue = self.down[peer.incarnation]
+        assert peer.host is not None
+        queue = peer.host.down[peer.incarnation]
         for _ in range(min(count, len(queue)) if peer.running else 0):
-            message = queue.popleft()
+            message, generation = queue.popleft(), peer.generation
             before = [slot.start for slot in peer.slots.values()]
             peer.receive(message, self.now)
+            assert peer.generation == max(generation, message.generation), "it obeys a lower generation"
             for slot, old in zip(peer.slots.values(), before, strict=True):
                 if slot.start is not None and slot.start is not old:
                     assert slot.proposal is not None
-                    self.ledger.deposit(slot.start, slot, peer.offered.get(slot.proposal.sequence))
+                    peer.host.ledger.deposit(slot.start, slot, peer.offered.get(slot.proposal.sequence))
             self.flush(peer)
 
     def lives(self, member: Member) -> SimPeer | None:
@@ -916,11 +1309,29 @@ class World:
     # --- when nothing is in the way any more ------------------------------------------------------------------------
 
     def heal(self) -> None:
+        """Everything works again, and one coordinator is left: the one that peers follow, or a new one."""
         self.cuts.clear()
-        self.crash = ""
-        self.restart()
         for peer in self.peers.values():
             peer.frozen = False
+        host = self._leading()
+        for other in self.hosts:
+            other.crash = ""
+            if other is not host:
+                self.lose(other)
+        self.hosts.remove(host)
+        self.hosts.append(host)
+        self.restart()
+        for peer in self.peers.values():
+            self.move(peer, host)
+
+    def _leading(self) -> Host:
+        """The coordinator that nobody has left for a higher one; a new one if there is none."""
+        followed = max((peer.generation for peer in self.peers.values() if peer.running), default=0)
+        host = max(self.hosts, key=lambda host: -1 if host.lost else host.ledger.generation)
+        if host.lost or host.ledger.generation < followed:
+            self.recover()
+            host = self.host
+        return host
 
     def turn(self, *, read: int = 2, seconds: float = 0.5) -> None:
         """Everybody does what is next; all that is said arrives."""
@@ -956,14 +1367,11 @@ class World:
             self.turn(read=read)
         return ready()
 
-    def obtainable(self) -> bool:
-        """Whether the committed state can still be had: somebody lives who holds it, or can work it out."""
-        living = [peer for peer in self.peers.values() if peer.alive and not peer.expelled and peer.mode == "training"]
-        if self.ledger.version <= 0:
-            return True
-        held = max((version for peer in living for version in peer.states), default=-1)
-        kept = {digest for peer in living for digest in (*peer.results.values(), peer.slots[OUTER].result)}
-        return held >= 0 and all(self.ledger.digests[v] in kept for v in range(held + 1, self.ledger.version + 1))
+    def accept(self) -> None:
+        """A person decides to go on with those that are there."""
+        if self.host.recovery is not None:
+            self.host.recovery.accept()
+            self.host.accepted = True
 
     def check_audit(self) -> None:
         """The account of the journal says of itself what the ledger has seen."""
@@ -975,8 +1383,38 @@ class World:
         if self.membership.progress.finished and self.data:
             assert len(epochs) == self.data.epochs and all(epoch.complete for epoch in epochs)
 
-    def check_agreement(self) -> None:
-        """Those that hold the same version hold the same state."""
-        for peer in self.peers.values():
-            if not peer.expelled and peer.mode == "training" and peer.version > 0:
-                assert self.ledger.states[peer.version] == peer.states[peer.version]
+    def over(self, target: int) -> bool:
+        """Whether the run has come to that version, or cannot: nobody has a state that it could go on from, or nobody
+        can say what the state is."""
+        if self.ledger.halted:
+            lives = (
+                {state.member.incarnation for state in self.membership.members.values()} if self.membership else set()
+            )
+            return not any(p.running and p.mode == "training" and p.incarnation in lives for p in self.peers.values())
+        members = self.membership.members if self.membership else {}
+        able = [
+            peer for peer in self.peers.values() if peer.running and not peer.stuck and peer.mode != "stopped"
+            and (peer.name not in members or members[peer.name].member.incarnation == peer.incarnation)
+        ]  # fmt: skip
+        nothing = not any(peer.newest() for peer in able)
+        refused = any(refused.error == "NoSource" for peer in self.peers.values() for refused in peer.refusals)
+        return self.ledger.version >= target or (self.ledger.version > 0 and nothing and refused)
+
+    def agreed(self) -> bool:
+        """Whether all that train hold one state of each version; until somebody is repaired they may not."""
+        training = [peer for peer in self.peers.values() if peer.running and peer.mode == "training"]
+        held = {(peer.version, peer.states[peer.version]) for peer in training}
+        versions = [version for version, _ in held]
+        return len(versions) == len(set(versions)) or self.ledger.halted
+
+    def happened(self) -> set[str]:
+        """What this world has seen, in words."""
+        starts = {f"{start.pattern} {start.op}" for start in self.ledger.starts.values()}
+        return {event for event, _ in self.events} | starts | self.seen
+
+    def check_truth(self) -> None:
+        """As long as no bit falls over, the newest version is the true one."""
+        if not self.drifted:
+            newest = [peer for peer in self.peers.values() if peer.running and peer.mode == "training"
+                      and peer.version == self.ledger.version > 0]  # fmt: skip
+            assert {peer.states[peer.version] for peer in newest} <= {self.ledger.truth}

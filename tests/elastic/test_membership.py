@@ -7,22 +7,23 @@ from typing import Any
 
 import pytest
 import simulation
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedules import finish, play, schedules, use_up
-from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, SimData, SimPeer, World
+from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, Checkpoint, SimPeer, World
 
 from collectives.records import LinkFailure, Member
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
-from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded
-from elastic.membership import Membership, Send
+from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded, Targeted
+from elastic.membership import Membership, Offer, Send
 from elastic.messages import (
     STREAM,
     Applied,
     AuditReport,
     AuditRequest,
     Base,
+    Cancel,
+    Commit,
     CommitNote,
     DoneReport,
     Enter,
@@ -33,13 +34,18 @@ from elastic.messages import (
     LeaseRequest,
     Leases,
     LinkReport,
+    Open,
     OperationSpec,
     PeerStatus,
     Propose,
+    Recomputed,
     Refused,
+    Represent,
+    SetTarget,
     StatusRequest,
     Withdraw,
 )
+from elastic.runstate import RunState
 
 # --- how the stories are told ---------------------------------------------------------------------------------------
 
@@ -543,6 +549,8 @@ def test_a_contribution_measured_from_another_founders_state_is_refused() -> Non
     talk(world)
     fields = {"tag": OUTER, "sequence": 1, "weight": 1.0, "cursors": {}, "spec": OUTER_SPEC, "base_version": 0}
     (answer,) = tell(world, stranger, Propose, base_hash="another", **fields)
+    assert isinstance(answer, Represent), "it has not said what it holds"
+    (answer,) = tell(world, stranger, Applied, tag=OUTER, fragment=0, version=0, state_hash="another")
     assert isinstance(answer, Base) and answer.state_hash == peers["a"].states[0]
     assert OUTER not in world.membership.operations  # type: ignore[union-attr]
     assert events(world, "parity.mismatch")[0]["peer"] == "b"
@@ -1045,48 +1053,311 @@ def leased_stream_ends(world: World) -> dict[int, int]:
     return world.membership.table.ends
 
 
-# --- everything at once ---------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(schedule=schedules, warm=st.booleans())
-@example(schedule=[("turn", 14), ("life", 15)], warm=False)
-@example(schedule=[("turns", 13), ("everybody", 6), ("life", 5)], warm=False)
-@example(schedule=[("freeze", 1), ("crash", 9), ("turns", 9), ("up", 1), ("freeze", 0), ("train", 13)], warm=True)
-def test_no_schedule_breaks_a_promise_and_the_run_goes_on(schedule: list[tuple[str, int]], warm: bool) -> None:
-    finish(play(World(), schedule, warm=warm))
+def train_a_round(world: World, *peers: SimPeer) -> None:
+    propose(world, *peers)
+    talk(world)
+    exchange(world)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(schedule=schedules, quorum=st.sampled_from([0.3, 0.5, 1.0]), attempts=st.integers(1, 3))
-def test_no_schedule_breaks_a_promise_under_other_policies(
-    schedule: list[tuple[str, int]], quorum: float, attempts: int
-) -> None:
-    finish(play(World(RunPolicy(quorum=quorum, max_attempts=attempts)), schedule, warm=True))
+def finished(world: World) -> bool:
+    assert world.membership is not None
+    return world.membership.progress.finished
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(schedule=schedules, warm=st.booleans(), ahead=st.integers(0, 3), stream=st.sampled_from([0, 0, 18, 31]))
-def test_no_schedule_loses_a_sample_or_counts_one_twice(
-    schedule: list[tuple[str, int]], warm: bool, ahead: int, stream: int
-) -> None:
-    """Joins, leaves, deaths, evictions, restarts: the journal's audit finds each sample of both epochs once."""
-    use_up(play(World(data=SimData(epochs=2, stream=stream), ahead=ahead), schedule, warm=warm))
+@pytest.mark.parametrize("way", ["policy", "message"])
+@pytest.mark.parametrize("target, rounds", [({"rounds": 2}, 2), ({"tokens": 7}, 2), ({"tokens": 4}, 1)])
+def test_a_run_ends_at_its_rounds_or_tokens(way: str, target: dict[str, int], rounds: int) -> None:
+    world, peers = training("ab", **(target if way == "policy" else {}))
+    if way == "message":
+        tell(world, peers["a"], SetTarget, **target)
+        restarted(world)
+        talk(world)
+    for number in range(rounds):
+        assert not finished(world), f"after {number} rounds"
+        train_a_round(world, *peers.values())
+        assert world.run_until(lambda number=number: len(commits(world)) > number)  # type: ignore[misc]
+    assert finished(world)
 
 
-def test_no_schedule_breaks_a_promise_on_trees_and_rings() -> None:
-    """Among five peers, of which two can only dial out."""
-    seen = set()
+def test_a_run_ends_after_its_seconds_which_count_while_a_coordinator_serves_it() -> None:
+    world, peers = training("ab", seconds=20.0)
+    for _ in range(3):
+        train_a_round(world, *peers.values())
+        wait(world, 4, *peers.values())
+        world.kill_coordinator()
+        wait(world, 100)  # nobody serves it: these do not count
+        world.restart()
+        talk(world)
+        assert not finished(world)
+        assert world.run_until(lambda: all(peer.joined for peer in peers.values()), turns=2)
+    wait(world, 21, *peers.values())
+    assert finished(world) and events(world, "run.target_reached")[0]["target"] == "20 s"
+    restarted(world)
+    assert finished(world), "what is reached is durable"
 
-    @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(schedule=schedules)
-    def no_schedule(schedule: list[tuple[str, int]]) -> None:
-        world = finish(play(World(hide=True), schedule, warm=True, names="abcde"))
-        seen.update((start.pattern, start.op) for start in world.ledger.starts.values())
 
-    no_schedule()
-    ways = {("direct", "sum"), ("ring", "sum"), ("tree", "sum"), ("tree", "broadcast"), ("direct", "all_gather")}
-    assert seen >= ways
+def test_seconds_do_not_count_before_there_is_anything_to_train() -> None:
+    world = World(RunPolicy(seconds=5.0))
+    peer = world.start("a")
+    talk(world)
+    wait(world, 30, peer)
+    assert not finished(world)
+
+
+def test_a_held_out_loss_at_the_target_ends_the_run_for_good() -> None:
+    world, peers = training("ab", loss=2.5)
+    for loss in (float("nan"), 2.6):
+        tell(world, peers["a"], Heartbeat, status=PeerStatus(held_out_loss=loss))
+        assert not finished(world)
+    tell(world, peers["a"], Heartbeat, status=PeerStatus(held_out_loss=2.5))
+    assert finished(world) and "2.5 on a" in events(world, "run.target_reached")[0]["target"]
+    restarted(world)
+    assert finished(world)
+    train_a_round(world, *peers.values())
+    assert not commits(world)
+
+
+def test_a_target_that_is_set_lasts_and_leaves_the_others_as_they_are() -> None:
+    world, peers = training("ab", rounds=50)
+    tell(world, peers["a"], SetTarget, tokens=99, loss=1.5)
+    tell(world, peers["a"], SetTarget, tokens=99)  # nothing new: nothing written
+    tell(world, peers["a"], SetTarget, tokens=-1)
+    targeted = Targeted(rounds=50, tokens=99, seconds=0.0, loss=1.5)
+    assert [record for record in world.journal if isinstance(record, Targeted)] == [targeted]
+    restarted(world)
+    assert world.membership is not None
+    assert world.membership.targets == {"rounds": 50, "tokens": 99, "seconds": 0.0, "loss": 1.5}
+
+
+def test_who_drains_opens_the_round_at_once() -> None:
+    world, peers = training()
+    world.act(peers["a"], "read", 2)
+    fields = {"tag": OUTER, "sequence": 1, "weight": 2.0, "cursors": {0: 2}, "spec": OUTER_SPEC, "base_version": 0}
+    tell(world, peers["a"], Propose, **fields)
+    asked = [m for name in "bc" for m in world.down[peers[name].incarnation] if isinstance(m, Open)]
+    assert not asked, "one of three is no quorum"
+    tell(world, peers["a"], Propose, **fields | {"sequence": 2, "leaving": True})
+    asked = [m for name in "bc" for m in world.down[peers[name].incarnation] if isinstance(m, Open)]
+    assert [message.round for message in asked] == [0, 0]
+    wait(world, int(TIMES.grace), *peers.values())
+    assert events(world, "round.started")[0]["contributors"] == ["a"]
+
+
+# --- parity, void lines, checkpoints --------------------------------------------------------------------------------
+
+
+def test_the_one_that_drifted_is_named_repaired_and_trains_on_from_the_true_state() -> None:
+    world, peers = training()
+    world.corrupt(peers["b"])
+    train_a_round(world, *peers.values())
+    assert [fields["peer"] for fields in events(world, "parity.mismatch")] == ["b"]
+    assert world.membership is not None and world.membership.members["b"].repaired == 1
+    assert world.run_until(lambda: "b" in commits(world)[-1].contributors and world.ledger.version >= 3)
+    assert {peer.states[peer.version] for peer in peers.values() if peer.version == world.ledger.version} == {
+        world.ledger.truth
+    }
+
+
+def test_one_against_one_the_one_that_cannot_do_it_again_was_wrong() -> None:
+    world, peers = training("ab")
+    world.corrupt(peers["a"])
+    train_a_round(world, *peers.values())
+    assert [fields["peer"] for fields in events(world, "parity.mismatch")] == ["a"]
+    assert not events(world, "parity.undecided")
+
+
+def test_without_a_decision_everybody_stops_and_hears_why() -> None:
+    world, peers = training("ab")
+    world.corrupt(peers["a"])
+    propose(world, *peers.values())
+    talk(world)
+    for peer in peers.values():
+        world.exchange(peer, OUTER)
+    for name in "ab":
+        peers[name].before = "its previous version is lost"  # nobody can do it again
+    talk(world)
+    for name, held in (("a", "x"), ("b", "y")):
+        tell(world, peers[name], Applied, tag=OUTER, fragment=0, version=1, state_hash=held, computed=True)
+        tell(world, peers[name], Recomputed, tag=OUTER, fragment=0, version=1, state_hash="")
+    wait(world, int(TIMES.operation) + 2, *peers.values())
+    assert events(world, "parity.undecided")
+    talk(world)
+    assert {peer.mode for peer in peers.values()} == {"stopped"}
+    assert all(peer.refusals[-1].error == "ParityError" for peer in peers.values())
+    fields = {"tag": OUTER, "sequence": 9, "weight": 1.0, "cursors": {}, "spec": OUTER_SPEC, "base_version": 1}
+    (answer,) = tell(world, peers["a"], Propose, **fields)
+    assert isinstance(answer, Refused) and answer.error == "ParityError", "whoever missed it hears it when it asks"
+
+
+def test_claims_of_those_that_are_silent_for_a_moment_count() -> None:
+    world, peers = training()
+    world.drifted = True
+    train_a_round(world, *peers.values())
+    membership = world.membership
+    assert membership is not None and world.ledger.version == 1
+    membership.members["b"].silent = membership.members["c"].silent = True
+    tell(world, peers["a"], Applied, tag=OUTER, fragment=0, version=1, state_hash="other", computed=True)
+    assert [fields["peer"] for fields in events(world, "parity.mismatch")] == ["a"]
+
+
+def test_who_computed_it_decides_over_who_fetched_it() -> None:
+    world, peers = training()
+    world.drifted = True
+    train_a_round(world, *peers.values())
+    restarted(world)
+    for peer in peers.values():
+        tell(world, peer, Join, member=peer.member, site="here")
+    common = {"tag": OUTER, "fragment": 0, "version": 1}
+    tell(world, peers["a"], Applied, state_hash="fetched from one that had drifted", **common)
+    true = peers["b"].states[1]
+    answers = tell(world, peers["b"], Applied, state_hash=true, computed=True, **common)
+    assert not [each for each in answers if isinstance(each, Base)]
+    assert [fields["peer"] for fields in events(world, "parity.mismatch")] == ["a"]
+    assert world.membership is not None and world.membership.loops[OUTER].hashes[0, 1] == true
+
+
+@pytest.mark.parametrize("version", [1, 2, 7])
+def test_who_holds_a_version_of_a_void_line_is_led_back_and_neither_named_nor_counted(version: int) -> None:
+    world, peers = training()
+    for _ in range(2):
+        train_a_round(world, *peers.values())
+    assert world.ledger.version == 2
+    void = {"version": version, "state_hash": "void", "computed": True, "digest": "of a round that is void"}
+    (answer,) = tell(world, peers["c"], Applied, tag=OUTER, fragment=0, **void)
+    assert isinstance(answer, Base) and answer.version == 2 and answer.state_hash == world.ledger.truth
+    assert events(world, "peer.led_back")[0]["peer"] == "c" and not events(world, "parity.mismatch")
+
+
+def test_who_holds_the_result_of_a_round_that_is_over_hears_so() -> None:
+    world, peers = training("ab", max_attempts=1)
+    propose(world, *peers.values())
+    talk(world)
+    for peer in peers.values():
+        world.act(peer, "failed", peer.slots[OUTER], ())
+        world.deliver_up(peer, 10)
+    (answer,) = tell(world, peers["a"], DoneReport, tag=OUTER, round=0, attempt=0, digest="held")
+    assert isinstance(answer, Cancel) and answer.abort.attempt == 0
+    talk(world)
+    train_a_round(world, *peers.values())
+    assert len(commits(world)) == 1
+    (commit,) = tell(world, peers["a"], DoneReport, tag=OUTER, round=0, attempt=1, digest=commits(world)[0].digest)
+    assert isinstance(commit, Commit)
+
+
+def offered(world: World, name: str, kept: Checkpoint) -> SimPeer:
+    """A new life of this name, with a checkpoint, that has asked to enter."""
+    peer = world.start(name)
+    peer.disk = kept
+    talk(world, peer)
+    world.act(peer, "enter")
+    talk(world, peer)
+    return peer
+
+
+def checkpoints(world: World, peers: dict[str, SimPeer], rounds: int) -> list[Checkpoint]:
+    kept = []
+    for _ in range(rounds):
+        train_a_round(world, *peers.values())
+        kept.append(peers["a"].saved[peers["a"].version])
+    return kept
+
+
+def test_a_run_resumes_from_its_last_decision_at_once_and_from_an_older_one_after_the_grace() -> None:
+    for age, waited in ((1, 0), (2, int(TIMES.grace))):
+        world, peers = training("ab")
+        kept = checkpoints(world, peers, 2)
+        for peer in peers.values():
+            world.die(peer)
+            world.prove(peer)
+        back = offered(world, "a", kept[-age])
+        assert (back.mode == "training") is (waited == 0)
+        wait(world, waited, back)
+        world.act(back, "enter")
+        talk(world, back)
+        assert back.mode == "training" and back.version == 3 - age == world.ledger.version
+        assert len(events(world, "run.rolled_back")) == age - 1
+
+
+def test_members_that_hold_an_older_version_are_asked_for_it() -> None:
+    world, peers = training("ab", quorum=0.3)
+    propose(world, peers["a"])
+    wait(world, int(TIMES.grace) + 1, *peers.values())
+    talk(world, peers["a"])
+    exchange(world, peers["a"])
+    assert world.ledger.version == 1
+    world.die(peers["a"])
+    world.prove(peers["a"])
+    assert world.run_until(lambda: peers["b"].mode == "training" and len(commits(world)) > 1)
+    assert events(world, "run.rolled_back")[0]["version"] == 0
+
+
+def test_who_is_behind_with_nobody_ahead_is_asked_for_what_it_has() -> None:
+    world, peers = training("ab")
+    train_a_round(world, *peers.values())
+    membership = world.membership
+    assert membership is not None
+    membership.commits.clear()
+    for name in "ab":
+        membership.members[name].held.clear()
+    (answer,) = tell(world, peers["a"], Applied, tag=OUTER, fragment=0, version=0, state_hash=peers["a"].before)
+    assert isinstance(answer, Base) and answer.version == 1 and answer.sources == ()
+
+
+def test_a_checkpoint_of_another_line_with_the_same_figures_is_not_the_last_decision() -> None:
+    world, peers = training("ab")
+    kept = checkpoints(world, peers, 1)[0]
+    state = RunState.from_bytes(kept.state)
+    other = kept._replace(state=replace(state, serial=state.serial + 5).to_bytes(), state_hash="of a void line")
+    membership = world.membership
+    assert membership is not None
+    offer = Offer("x", 1, 1, other.state_hash, RunState.from_bytes(other.state))
+    assert not membership._is_newest(offer, OUTER, 0)
+    assert membership._is_newest(replace(offer, state=state), OUTER, 0)
+
+
+def test_the_checkpoint_of_one_that_drifted_is_outvoted() -> None:
+    world, peers = training("abc")
+    kept = checkpoints(world, peers, 1)[0]
+    restarted(world)
+    membership = world.membership
+    assert membership is not None
+    state = RunState.from_bytes(kept.state)
+    membership._offers[OUTER] = {
+        name: Offer(name, 1, 1, held, state) for name, held in (("a", "x"), ("b", "x"), ("z", "drifted"))
+    }
+    best = membership._best_offer(OUTER, 0)
+    assert best is not None and best.state_hash == "x"
+
+
+def test_an_offer_goes_with_its_peer() -> None:
+    world, peers = training("ab")
+    kept = checkpoints(world, peers, 1)[0]
+    fresh = World()
+    back = offered(fresh, "a", kept)
+    fresh.act(back, "leave")
+    talk(fresh, back)
+    assert fresh.membership is not None and not any(fresh.membership._offers.values())
+
+
+def test_what_was_read_under_a_lease_that_is_lost_does_not_count() -> None:
+    world, peers = training("ab")
+    fields = {"tag": OUTER, "sequence": 1, "weight": 2.0, "spec": OUTER_SPEC, "base_version": 0}
+    for cursors in ({1: 2}, {7: 2}):  # another's, and nobody's
+        (answer,) = tell(world, peers["a"], Propose, cursors=cursors, **fields)
+        assert isinstance(answer, Base) and OUTER not in world.membership.operations  # type: ignore[union-attr]
+
+
+def test_an_old_life_that_a_new_journal_does_not_know_does_not_throw_out_its_successor() -> None:
+    world, peers = training("a")
+    old = SimPeer("a", 77)
+    assert tell(world, old, Join, member=old.member, site="here") == []
+    assert world.membership is not None and world.membership.members["a"].member == peers["a"].member
+
+
+# --- what no peer says ------------------------------------------------------------------------------------------------
 
 
 messages = st.one_of(
