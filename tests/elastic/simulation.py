@@ -182,7 +182,7 @@ class SimPeer:
     ) -> None:
         self.host, self.hidden, self.disk = host, hidden, disk
         self.data, self.ahead = data or SimData(), ahead
-        self.sole = True  # there was one coordinator only, with its journal
+        self.sole = True  # there was one coordinator only, with its journal, and it has gone back to no checkpoint
         self.name, self.incarnation, self.generation = name, incarnation, 0
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
         self.expelled = ""
@@ -589,7 +589,7 @@ class SimPeer:
             return
         assert all(self.reader.end(epoch, samples) for epoch, samples in message.ends.items())
         lost = self.reader.unfinished() - message.shards.keys()
-        assert not (lost and self.sole), "a living peer has lost a shard, and no journal is lost"
+        assert not (lost and self.sole), "a living peer has lost a shard"
         self.reader.retain(message.shards.keys() | (set(self.reader) - self.reader.unfinished()))
         if self.rewinds_to:
             self.rewinds_to = 0
@@ -1011,6 +1011,8 @@ class World:
             assert order == max(offer.order for offer in host.ledger.offers.values()), "something newer was offered"
         account = self.accounts[key_of(record.state)] if record.state.loops else NOTHING
         host.ledger.restored(record, account)
+        for peer in self.peers.values():
+            peer.sole = False
 
     def _emitted(self, effect: Emit, host: Host) -> None:
         self.events.append((effect.event, effect.fields))
