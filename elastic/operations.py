@@ -39,6 +39,7 @@ from .messages import (
     RoundFailed,
     Withdraw,
 )
+from .runstate import LINEAGE
 
 if TYPE_CHECKING:
     import torch
@@ -117,12 +118,12 @@ class Operation:
         inbox: Inbox,
         group: Executor,
         send: Callable[[Message], None],
-        finished_round: int = -1,
+        finished: tuple[int, int] = (0, -1),
         silent_for: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._proposal, self._buffers = proposal, buffers
         self._name, self._inbox, self._group, self._send = name, inbox, group, send
-        self._finished_round, self._silent_for = finished_round, silent_for
+        self._finished, self._silent_for = finished, silent_for
         self._pending: Message = proposal
         self._done: Done | None = None
         self._begin: Begin | None = None
@@ -168,15 +169,16 @@ class Operation:
 
     def _handle(self, message: Any) -> Outcome | None:
         match message:
-            case Begin() if message.start.round > self._finished_round:
+            case Begin() if self._is_news(message, message.start.round):
                 self._attempt(message)
-            case Cancel() if message.abort.round > self._finished_round:
+            case Cancel() if self._is_news(message, message.abort.round):
                 self._acknowledge(message.abort)
-            case Commit() if message.round > self._finished_round:
+            case Commit() if self._is_news(message, message.round):
                 return self._judge(message) if not self._is_earlier(message) else None
             case Base():
+                self._send(self._stamped(Withdraw, sequence=self._proposal.sequence))
                 return Outcome(None, False, self._attempts, base=message)
-            case RoundFailed() if not 0 <= message.round <= self._finished_round:
+            case RoundFailed() if message.round < 0 or self._is_news(message, message.round):
                 raise RoundAborted(message.reason, peer=self._name, round=message.round, epoch=message.epoch)
             case Refused() if message.sequence in (-1, self._proposal.sequence):
                 raise refusal(message, self._name)
@@ -185,6 +187,10 @@ class Operation:
             case ElasticError():
                 raise message
         return None
+
+    def _is_news(self, message: Message, round: int) -> bool:
+        """Whether this is about a round that is not over for this peer: within a lineage, numbers only grow."""
+        return (message.generation // LINEAGE, round) > self._finished
 
     def _attempt(self, begin: Begin) -> None:
         start = begin.start
@@ -255,7 +261,7 @@ class Operation:
         """Whether this is the late end of a plain operation that its caller has given up before this one."""
         plain = self._proposal.base_version < 0 and commit.round != self._proposal.round
         if plain and self._name in commit.contributors and self.done_digest != commit.digest:
-            self._finished_round = commit.round
+            self._finished = (commit.generation // LINEAGE, commit.round)
             return True
         return False
 

@@ -89,7 +89,7 @@ from .messages import (
     Withdraw,
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
-from .runstate import RunState
+from .runstate import LINEAGE, RunState
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class Peer:
         self._inboxes: dict[str, Inbox] = {}
         self.data = Data(self)
         self._sequence = 0
-        self._finished: dict[str, int] = {}
+        self._finished: dict[str, tuple[int, int]] = {}
         self.when_idle: list[Callable[[], None]] = []
         self.when_leaving: list[tuple[threading.Thread, Callable[[], None]]] = []
         self.recomputes: dict[str, Callable[[Recompute], None]] = {}
@@ -781,7 +781,7 @@ class Peer:
             inbox=inbox,
             group=self.group,
             send=self.send,
-            finished_round=self._finished.get(proposal.tag, -1),
+            finished=self._finished.get(proposal.tag, (0, -1)),
             silent_for=self.silent_for,
         )
 
@@ -824,7 +824,12 @@ class Peer:
 
     def finish(self, tag: str, round: int) -> None:
         """Messages about this round of the tag, or earlier ones, are old news from now on."""
-        self._finished[tag] = max(self._finished.get(tag, -1), round)
+        self._finished[tag] = max(self._finished.get(tag, (0, -1)), (self.lineage, round))
+
+    @property
+    def lineage(self) -> int:
+        """Changes when a run whose journal was lost is brought together again: numbers begin lower then."""
+        return self._generation // LINEAGE
 
     def see_off(self, timeout: float) -> None:
         """Stays until no member of the finished run needs the state that this peer holds; `timeout` at the most."""

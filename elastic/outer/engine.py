@@ -47,6 +47,7 @@ from ..messages import (
     Refused,
 )
 from ..operations import Inbox, Outcome, refusal
+from ..runstate import LINEAGE
 from ..tensors import check_finite, check_wire, gathered_in
 from .optimizers import OuterOptimizer
 from .saving import Saver
@@ -55,7 +56,7 @@ from .state import Layout, Version
 if TYPE_CHECKING:
     from ..peer import Peer
 
-ENTER_TRIES = 20
+ENTER_AGAIN_SECONDS = 0.1
 SEE_OFF_SECONDS = 15.0
 PULL_AGAIN_SECONDS = 0.02
 MOST_SERVED = 8  # versions, and results, that are kept for those who are fetching older ones
@@ -72,6 +73,15 @@ class Doubt:
     proposal: Propose
     source: torch.Tensor
     result: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What the run can go on from. state: the run state as of this version. saved: the checkpoint that it is from."""
+
+    version: Version
+    state: bytes
+    saved: Outer | None = None
 
 
 class OuterLoop:
@@ -147,6 +157,7 @@ class OuterLoop:
         self._receiving = False
         self._doubts: list[Doubt] = []
         self._partial = Partial()
+        self._state, self._led_by = b"", ""
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -183,7 +194,7 @@ class OuterLoop:
         self._context = self.peer.inbox(self.tag)
         self._inbox = self._context.__enter__()
         try:
-            self._fetch_base(self.saver.newest() if self.saver else None)
+            self._fetch_base(self._from_disk())
             self.layout.write(self.version.parameters)
             self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
             self.peer.when_idle.append(self._idle)
@@ -298,7 +309,9 @@ class OuterLoop:
                 raise message
 
     def _last_round(self) -> int:
-        return self.last_commit.round if self.last_commit else -1
+        """Of what this peer has applied. In a new lineage rounds can have lower numbers."""
+        last = self.last_commit
+        return last.round if last and last.generation // LINEAGE == self.peer.lineage else -1
 
     # --- rounds -------------------------------------------------------------------------------------------------------
 
@@ -363,7 +376,8 @@ class OuterLoop:
         if commit.round <= self._last_round():
             return
         if commit.skipped:
-            self._note(commit)
+            if commit.version == self.version.number:
+                self._note(commit)
         elif commit.version == self.version.number + 1 and commit.base_hash in ("", self.version.state_hash):
             self._follow(commit)
         elif commit.version > self.version.number:
@@ -392,6 +406,7 @@ class OuterLoop:
         self._doubts.clear()
         before = self.version
         self._stepped_from = (before, mean)
+        self._state, self._led_by = commit.state, commit.digest
         self._adopt(self.advance(before, mean))
         self._keep_result(commit, mean)
         self._note(commit)
@@ -454,6 +469,7 @@ class OuterLoop:
             state_hash=self.version.state_hash,
             receiving=self._receiving,
             computed=self._stepped_from is not None,
+            digest=self._led_by,
         )
         self.peer.hold(applied)
 
@@ -501,63 +517,75 @@ class OuterLoop:
 
     def _fetch_and_start_over(self) -> None:
         try:
-            self._fetch_base()
+            self._fetch_base(self._in_hand())
         except NoSource:
-            if self.saver is None or (saved := self.saver.newest()) is None:
+            if self.saver is None or (saved := self._from_disk()) is None:
                 raise
             self._fetch_base(saved)
         self._reset()
 
     def _start_over(self, base: Base) -> None:
-        """This peer is too far behind for single results: it takes the state, and its samples are read again."""
+        """This peer is too far behind, or holds other bits: it takes the state, and its samples are read again."""
         if self._try_base(base):
             self._reset()
         else:
             self._fetch_and_start_over()
 
-    def _fetch_base(self, saved: Outer | None = None) -> None:
-        """Gets the run's outer state from its holders or a checkpoint, or founds it.
+    def _in_hand(self) -> Offer | None:
+        """The version that this peer holds: should all others be lost, the run goes on from it."""
+        return Offer(self._version, self._state) if self._version and self._state else None
+
+    def _from_disk(self) -> Offer | None:
+        saved = self.saver.newest() if self.saver else None
+        return Offer(saved.versions[0], saved.manifest.run_state, saved) if saved else None
+
+    def _fetch_base(self, offer: Offer | None) -> None:
+        """Gets the run's outer state from its holders, goes on from what is offered, or founds the run.
 
         Raises NoSource, TransferInterrupted.
         """
-        own, offered = None, saved.versions[0] if saved else None
-        for _ in range(ENTER_TRIES):
-            base = self._ask_base(own, saved)
+        own, deadline = None, time.monotonic() + (self.timeout or self.peer.timeouts.round)
+        while time.monotonic() < deadline:
+            base = self._ask_base(own, offer)
             if not (base.state_hash or base.sources):  # nobody has anything yet: only now is its own looked at
                 own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
-            elif self._try_base(base, own, offered):
-                if saved is not None and self.version is offered and self.saver is not None:
-                    self.steps = self.saver.restore(saved).get("steps", self.steps)
+            elif self._try_base(base, own, offer.version if offer else None):
+                self._restore_own_part(offer)
                 return
+            else:
+                time.sleep(ENTER_AGAIN_SECONDS)
         raise TransferInterrupted(f"no source lasted long enough to give the outer state of {self.tag}")
 
-    def _ask_base(self, own: Version | None, saved: Outer | None) -> Base:
+    def _restore_own_part(self, offer: Offer | None) -> None:
+        if offer and offer.saved and self.saver and self.version is offer.version:
+            self.steps = self.saver.restore(offer.saved).get("steps", self.steps)
+
+    def _ask_base(self, own: Version | None, offer: Offer | None) -> Base:
         assert self._inbox is not None
         state_hash = own.state_hash if own else ""
         enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=state_hash)
-        if saved is not None:
-            version = saved.versions[0]
-            enter = replace(
-                enter, offered=version.number, offered_hash=version.state_hash, state=saved.manifest.run_state
-            )
+        if offer is not None:
+            number, state_hash = offer.version.number, offer.version.state_hash
+            enter = replace(enter, offered=number, offered_hash=state_hash, state=offer.state)
         base = self.peer.ask(enter, self._inbox, Base, self.timeout or self.peer.timeouts.round)
         assert isinstance(base, Base)
         return base
 
     def _try_base(self, base: Base, *own: Version | None) -> bool:
-        """Takes the state that `base` names, from `own` if it is there; False if its sources went away."""
+        """Takes the state that `base` names, from `own` if it is there; False if nobody gives it."""
         self._receiving = base.version > 0  # rule 6: nobody waits for it before it trains from there
         for version in (*own, self._version):
             if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
-                self._stepped_from = None
-                self._adopt(version)
+                self._take_over(version, base)
                 return True
         sources = [member for member in base.sources if member.name != self.peer.name]
-        if not sources:
-            if base.version:
-                raise NoSource(f"nobody alive holds version {base.version} of {self.tag}", peer=self.peer.name)
-            return False
-        return self._fetch(base, sources)
+        return bool(sources) and self._fetch(base, sources)
+
+    def _take_over(self, version: Version, base: Base) -> None:
+        """A version that this peer has not worked out itself."""
+        self._stepped_from = None
+        self._state, self._led_by = base.state, base.digest
+        self._adopt(version)
 
     def _fetch(self, base: Base, sources: list[Any]) -> bool:
         began = time.monotonic()
@@ -577,8 +605,7 @@ class OuterLoop:
             raise CheckpointMismatch(
                 f"fetched {len(data)} bytes of state for a model of {self.layout.elements} numbers"
             )
-        self._stepped_from = None
-        self._adopt(Version.from_bytes(base.version, data))
+        self._take_over(Version.from_bytes(base.version, data), base)
         self.peer.events.emit(
             "state.fetched",
             version=base.version,
