@@ -236,6 +236,48 @@ def test_a_joiner_gets_the_state_and_contributes_to_the_next_round(run: Run) -> 
     assert ("p0", "p1", "p2") in results[0][1][3:]
 
 
+def test_nobody_waits_for_a_joiner_that_has_not_made_a_step(run: Run) -> None:
+    """With this grace a round that waited for it would outlast the test."""
+    run.policy = RunPolicy(min_peers=2)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=600, evict_after=300)
+    peers = run.several(3)
+    models = [Quadratic(target_of(peer)) for peer in peers]
+    inners = [inner_of(model) for model in models]
+    loops = [DiLoCo(m, i, p, sync_every=2) for m, i, p in zip(models, inners, peers, strict=True)]
+    for loop in loops[:2]:
+        loop.__enter__()
+    run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 2), peers[:2])
+    loops[2].__enter__()
+    assert loops[2].version.number == 1
+    until(lambda: run.coordinator is not None and "outer" in run.coordinator._membership.members["p2"].entered)
+    run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 4), peers[:2])
+    assert loops[0].version.number == 3 and loops[0].last_commit.contributors == ("p0", "p1")  # type: ignore[union-attr]
+    until(lambda: peers[2].progress.rounds == 3)
+    steps(models[2], inners[2], 1)
+    assert loops[2].version.number == 3, "it followed as a receiver"
+    run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 2), peers)
+    assert loops[0].last_commit.contributors == ("p0", "p1", "p2")  # type: ignore[union-attr]
+    for loop, peer in zip(loops, peers, strict=True):
+        peer.close()
+        loop._context.__exit__()
+
+
+def test_a_version_that_is_being_fetched_is_kept_with_what_leads_on_from_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    inner = inner_of(model)
+    with DiLoCo(model, inner, peer, sync_every=1) as loop:
+        steps(model, inner, 2)
+        monkeypatch.setattr(peer.group, "wanted", lambda key: key == "state/outer/0/2")
+        steps(model, inner, 4)
+        assert sorted(loop._published) == [2, 3, 4, 5, 6] and sorted(loop._results) == [3, 4, 5, 6]
+        monkeypatch.undo()
+        steps(model, inner, 1)
+        assert sorted(loop._published) == [6, 7] and sorted(loop._results) == [6, 7]
+
+
 def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
     run.policy = RunPolicy(rounds=3)
     run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
