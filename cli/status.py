@@ -141,23 +141,27 @@ def _show(report: StatusReport | None, audit: AuditReport | None) -> None:
 
 def _head(report: StatusReport) -> Iterable[Text | Table]:
     progress = report.progress
-    rounds = _of(progress.rounds, report.target_rounds)
-    tokens = _of(progress.tokens, report.target_tokens)
+    target = progress.targets.get
+    rounds, tokens = _of(progress.rounds, target("rounds", 0)), _of(progress.tokens, target("tokens", 0))
+    trained = _of(progress.elapsed, target("seconds", 0))
+    goal = f"  held-out loss to reach {target('loss', 0):g}" if target("loss", 0) else ""
     state = "finished" if progress.finished else "running"
     yield Text(f"{clean(report.run)}  {state}  generation {report.generation}  view {report.epoch}", style="bold")
-    yield Text(f"rounds {rounds}  tokens {tokens}  last contributors: {joined(report.contributors)}")
+    yield Text(f"rounds {rounds}  tokens {tokens}  seconds {trained}{goal}")
+    yield Text(f"last contributors: {joined(report.contributors)}")
     yield _members(report.members)
 
 
-def _of(done: int, target: int) -> str:
-    return f"{done:,}/{target:,}" if target else f"{done:,}"
+def _of(done: float, target: float) -> str:
+    return f"{done:,.0f}/{target:,.0f}" if target else f"{done:,.0f}"
 
 
 def _members(members: Iterable[MemberReport]) -> Table:
     table = _table("peer", "site", "life", "state", "doing", "version", "step", "loss", "sent", "silent")
     for member in members:
         status = member.status
-        state = Text(clean(member.state), style=STATE_STYLES.get(member.state, ""))
+        repaired = f", repaired {member.repaired}x" if member.repaired else ""
+        state = Text(clean(member.state) + repaired, style=STATE_STYLES.get(member.state, ""))
         numbers = str(member.version), f"{status.step:,}", loss_text(None if math.isnan(status.loss) else status.loss)
         silence = f"{member.silence:.1f} s"
         texts = clean(member.name), clean(member.site), str(member.life)

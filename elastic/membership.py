@@ -1606,8 +1606,6 @@ class Membership:
             progress=self.progress,
             contributors=self.last_contributors,
             samples=samples,
-            target_rounds=self.policy.rounds,
-            target_tokens=self.policy.tokens,
         )
         return report
 

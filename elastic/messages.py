@@ -473,14 +473,12 @@ class MemberReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport(Message):
-    """contributors: of the last round. samples: committed. target_rounds, target_tokens: 0 where there is none."""
+    """contributors: of the last round. samples: committed."""
 
     members: tuple[MemberReport, ...]
     progress: RunProgress
     contributors: tuple[str, ...]
     samples: int
-    target_rounds: int = 0
-    target_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,7 +65,12 @@ def test_a_person_sees_peers_progress_and_shards(training: Coordinator) -> None:
 
 def test_a_program_gets_one_json_object(training: Coordinator) -> None:
     found = json.loads(status(str(training.token), "--shards", "--json").output)
-    assert (found["run"], found["generation"], found["progress"]["rounds"], found["target_rounds"]) == ("corn", 1, 1, 9)
+    assert (found["run"], found["generation"], found["progress"]["rounds"], found["progress"]["targets"]["rounds"]) == (
+        "corn",
+        1,
+        1,
+        9,
+    )
     (member,) = found["members"]
     assert (member["name"], member["site"], member["version"]) == ("eu-1", "eu", 1) and member["status"]["loss"] is None
     audit = found["audit"]
