@@ -386,6 +386,10 @@ class Peer:
             signal.signal(signal.SIGTERM, self._sigterm)
 
     def _told_to_end(self, deadline: float) -> None:
+        if self._fatal is not None:  # closed, by another thread: nothing of this peer stands in the way any more
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if self.draining:
             return
         self.drain(deadline)

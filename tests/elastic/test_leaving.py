@@ -145,6 +145,25 @@ def test_a_script_that_does_not_end_is_ended_at_the_deadline_and_its_shards_are_
     assert events(run, "shard.released") and not events(run, "round.committed")
 
 
+CLOSED = """
+import os, signal, sys, threading, time, elastic
+
+peer = elastic.Peer(sys.argv[1], run="test", name="p1")
+closing = threading.Thread(target=peer.close)
+closing.start()
+closing.join()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(100)
+"""
+
+
+def test_a_closed_peer_does_not_stand_in_the_way_of_sigterm(run: Run) -> None:
+    address = run.open().address
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", CLOSED, address], env=environment, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_below_min_peers_training_pauses_after_h_steps_and_goes_on_when_a_peer_comes(run: Run) -> None:
     run.policy = RunPolicy(min_peers=2, rounds=2)
     first = Script(run.join("p0"))
