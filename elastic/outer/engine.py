@@ -633,7 +633,7 @@ class OuterLoop:
             self.layout.write(local)
 
     def state_dict(self) -> dict[str, Any]:
-        """The outer state and this peer's place in the round, defined between any two inner steps."""
+        """The outer state, this peer's place in the round and in its data, defined between any two inner steps."""
         return {
             "algorithm": self.spec.algorithm,
             "fingerprint": self.layout.fingerprint,
@@ -645,14 +645,23 @@ class OuterLoop:
             "since_applied": self._since_applied,
             "missed": self._missed,
             "weight": self._weight,
+            "data": self.peer.data.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`. Raises CheckpointMismatch for another model or algorithm; then nothing changes."""
+        """Restores `state_dict()`, within the context and between two passes over the data, which must be open again.
+
+        Where the run has gone on since, its versions and positions hold. Raises CheckpointMismatch for another model,
+        algorithm or dataset; then nothing changes.
+        """
         for what, ours in (("algorithm", self.spec.algorithm), ("fingerprint", self.layout.fingerprint)):
             if state[what] != ours:
                 raise CheckpointMismatch(f"the state's {what} is {state[what]!r}, this loop's is {ours!r}")
-        self._version = Version(state["version"], state["parameters"].clone(), state["momentum"].clone())
+        if state["data"]:
+            self.peer.data.load_state_dict(state["data"])
+        self._stepped_from, self._state, self._led_by = None, b"", ""
+        self._doubts.clear()
+        self._adopt(Version(state["version"], state["parameters"].clone(), state["momentum"].clone()))
         self.layout.write(state["local"])
         self.steps, self._since_applied = state["steps"], state["since_applied"]
         self._missed, self._weight = state["missed"], state["weight"]

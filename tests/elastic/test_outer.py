@@ -398,6 +398,40 @@ def test_state_goes_round_in_mid_flight(run: Run) -> None:
     assert loop.version.number == 2
 
 
+def test_state_goes_round_with_the_place_in_the_data(run: Run) -> None:
+    """What was learned after it was taken is forgotten, and its samples are read again: each counts once."""
+    peer = run.join("p0")
+    model = torch.nn.Linear(1, 1, bias=False)
+    inner = torch.optim.SGD(model.parameters(), lr=1e-9)
+    data = torch.arange(120.0)
+    given: list[int] = []
+
+    def train(batches: Any, n: int) -> list[int]:
+        read: list[int] = []
+        for batch in batches:
+            model(batch[:, None]).sum().backward()
+            inner.step()
+            inner.zero_grad()
+            read += batch.int().tolist()
+            if len(read) == 5 * n:
+                break
+        return read
+
+    with DiLoCo(model, inner, peer, sync_every=4) as loop:
+        shards = {"batch_size": 5, "shard_size": 20, "epochs": 1}
+        given += train(peer.shards(data, **shards), 6)
+        state, cursors = loop.state_dict(), peer.cursors
+        forgotten = train(peer.shards(data, **shards), 1)
+        loop.load_state_dict(state)
+        assert {shard: at for shard, at in peer.cursors.items() if at} == cursors
+        assert loop._weight == state["weight"] == 10.0
+        rest = train(peer.shards(data, **shards), 1000)
+        assert set(forgotten) <= set(rest)
+        given += rest
+    assert sorted(given) == list(range(120))
+    assert run.coordinator is not None and run.coordinator.status().samples == 120
+
+
 def test_who_missed_the_last_round_still_gets_it(run: Run) -> None:
     run.policy = RunPolicy(min_peers=2, rounds=1)
     run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
