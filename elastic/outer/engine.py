@@ -605,7 +605,7 @@ class OuterLoop:
             raise CheckpointMismatch(
                 f"fetched {len(data)} bytes of state for a model of {self.layout.elements} numbers"
             )
-        self._take_over(Version.from_bytes(base.version, data), base)
+        self._take_over(Version.from_bytes(base.version, data, base.state_hash), base)
         self.peer.events.emit(
             "state.fetched",
             version=base.version,

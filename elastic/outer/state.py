@@ -35,13 +35,18 @@ class Version:
         return digest.hexdigest()
 
     @classmethod
-    def from_bytes(cls, number: int, data: bytearray | memoryview) -> Version:
-        """The inverse of serving [parameters, momentum]. Raises CheckpointMismatch if the length cannot be right."""
+    def from_bytes(cls, number: int, data: bytearray | memoryview, state_hash: str) -> Version:
+        """The inverse of serving [parameters, momentum]. state_hash: of these bytes, verified when they came.
+
+        Raises CheckpointMismatch if the length cannot be right.
+        """
         if len(data) % 8:
             raise CheckpointMismatch(f"outer state of {len(data)} bytes is no pair of float32 vectors")
         flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
         half = flat.numel() // 2
-        return cls(number, flat[:half], flat[half:])
+        version = cls(number, flat[:half], flat[half:])
+        version.__dict__["state_hash"] = state_hash  # where the cached property keeps it
+        return version
 
 
 class Layout:
