@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test wan chaos check format clean
+.PHONY: demo test wan chaos chaos-wan check format clean
 
 demo: $(STAMP)
 	$(BIN)/elastic demo
@@ -15,7 +15,7 @@ test: $(STAMP)
 # The data plane over the emulated WAN: needs root, /dev/net/tun, iproute2 and a C compiler, and says so.
 wan: $(STAMP)
 	$(BIN)/python -m benchmarks.wan.wan check
-	$(BIN)/python -m pytest -m wan tests/wan
+	$(BIN)/python -m pytest -m "wan and not chaos" tests/wan tests/chaos
 
 # Random faults on real processes with new seeds: training for so many seconds (CHAOS_SEED=N begins with that seed),
 # kills in mid all-reduce (KILLS_SEED), and schedules of faults on bare groups (SCHEDULE_SEED); random orders of events
@@ -29,7 +29,12 @@ chaos: export CHAOS_KILLS := $(CHAOS_KILLS)
 chaos: export CHAOS_SCHEDULES := $(CHAOS_SCHEDULES)
 chaos: export CHAOS_ORDERS := $(CHAOS_ORDERS)
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -m chaos -s -o faulthandler_timeout=0 tests/chaos tests/collectives tests/elastic
+	$(BIN)/python -m pytest -m "chaos and not wan" -s -o faulthandler_timeout=0 tests/chaos tests/collectives tests/elastic
+
+# The same on sites of the emulated WAN, with cut paths; needs what `make wan` needs.
+chaos-wan: export CHAOS_SECONDS := $(CHAOS_SECONDS)
+chaos-wan: $(STAMP)
+	$(BIN)/python -m pytest -m "chaos and wan" -s -o faulthandler_timeout=0 tests/chaos
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -132,6 +132,7 @@ def test_a_short_run_on_the_wan_with_cut_paths(server: Server, tmp_path: Path) -
 
 
 @pytest.mark.chaos
+@pytest.mark.wan
 @pytest.mark.timeout(0)
 def test_long_runs_on_the_wan_with_cut_paths(server: Server, tmp_path: Path) -> None:
     deadline = time.monotonic() + float(os.environ.get("CHAOS_SECONDS", "300"))
