@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +64,7 @@ def command(**options: Any) -> None:
       elastic coordinator --run demo --rounds 100
       elastic coordinator --run demo --bind 0.0.0.0:29401 --journal new.sqlite --recover
     """
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    coordinator = _open(options)
-    with coordinator:
+    with _told_to_stop() as stop, _open(options) as coordinator:
         _say_where(coordinator, options["token"])
         if options["recover"]:
             _recover(coordinator, stop, options["accept_minority"])
@@ -74,6 +72,19 @@ def command(**options: Any) -> None:
             pass
     if coordinator.error is not None:
         _refuse(exits.FAILED, f"stopped by {type(coordinator.error).__name__}: {coordinator.error}")
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; afterwards they do what they did before."""
+    stop = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _refuse(code: int, message: str) -> None:
@@ -110,7 +121,6 @@ def _say_where(coordinator: Coordinator, file: Path | None) -> None:
         try:
             file.write_text(f"{coordinator.token}\n", encoding="utf-8")
         except OSError as error:
-            coordinator.close()
             _refuse(exits.OUTPUT, f"cannot write {file}: {error.strerror}")
 
 

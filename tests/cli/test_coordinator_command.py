@@ -95,6 +95,7 @@ def test_a_lost_journal_is_rebuilt_elsewhere_and_a_minority_is_asked_about(tmp_p
         (["--run", "x", "--bind", "nowhere"], 2, "is not HOST:PORT"),
         (["--run", "x", "--journal", "text"], 3, "text is no journal of elastic"),
         (["--run", "x", "--min-peers", "0"], 2, "min-peers"),
+        (["--run", "x", "--token", "nowhere/token"], 5, "cannot write nowhere/token"),
         ([], 2, "--run"),
     ],
 )
@@ -113,3 +114,4 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         bind = f"127.0.0.1:{server.getsockname()[1]}"
         result = CliRunner().invoke(main, ["coordinator", "--run", "x", "--no-journal", "--bind", bind])
     assert result.exit_code == 4 and "the port is in use; choose another" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "its handlers stay behind"
