@@ -629,9 +629,14 @@ class Membership:
         if self._is_void(loop, message, newest):
             self._lead_back(name, message.tag, message.fragment, now)
             return
+        state = self.members[name]
+        if (
+            state.wrong.get((message.tag, message.fragment)) == message.state_hash
+        ):  # that is decided: word is on its way
+            self._send(name, self._base(message.tag, message.fragment))
+            return
         if not self._agrees(name, message, loop, newest, now):
             return
-        state = self.members[name]
         state.wrong.pop((message.tag, message.fragment), None)
         state.held[message.tag, message.fragment] = (message.version, message.state_hash)
         state.entered.add(message.tag)
@@ -974,6 +979,9 @@ class Membership:
         claims = loop.claims.get(message.fragment)
         disputed = claims is not None and claims.disputed
         said = self.members[name].held.get((message.tag, message.fragment))
+        if message.base_hash and self.members[name].wrong.get((message.tag, message.fragment)) == message.base_hash:
+            self._send(name, self._base(message.tag, message.fragment))
+            return False
         if message.base_hash and said != (message.base_version, message.base_hash):
             self._send(name, self._stamp(Represent))  # it has not said what it holds, or is being led back
             return False

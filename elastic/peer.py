@@ -811,9 +811,9 @@ class Peer:
 
     def hold(self, applied: Applied) -> None:
         """Tells the coordinator which version this peer holds; told again to each new generation."""
-        with self._changed:
+        with self._changed:  # in order: what is told again must not come behind what has taken its place
             self._held[applied.tag, applied.fragment] = applied
-        self.send(applied)
+            self.send(applied)
 
     def send(self, message: Message) -> None:
         """Sends with the current generation; reports about an attempt keep the one that the attempt was started in."""
@@ -927,12 +927,11 @@ class Peer:
             self._epoch, self.life = message.epoch, message.life
             self._members = {member.name: member for member in message.members}
             self.progress = message.progress
-            again: list[Message] = [self._target] if self._target else []
-            held, inboxes = list(self._held.values()), list(self._inboxes.values())
+            inboxes = list(self._inboxes.values())
+            for again in (*self._held.values(), *([self._target] if self._target else ())):
+                self.send(again)
             self._changed.notify_all()
         self.group.connect(message.members)
-        for message_again in (*held, *again):
-            self.send(message_again)
         for inbox in inboxes if known else ():
             inbox.put(Renewed())
 
