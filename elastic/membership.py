@@ -545,7 +545,6 @@ class Membership:
             self._roll_back(offer, tag, fragment)
         loop = self.loops[tag]
         loop.hashes[fragment, offer.version] = offer.state_hash
-        loop.halted = ""
         loop.claims.pop(fragment, None)
         for holder in self._holders_without_member():
             self._orphaned.setdefault(holder, now)
@@ -630,10 +629,7 @@ class Membership:
             self._lead_back(name, message.tag, message.fragment, now)
             return
         state = self.members[name]
-        if (
-            state.wrong.get((message.tag, message.fragment)) == message.state_hash
-        ):  # that is decided: word is on its way
-            self._send(name, self._base(message.tag, message.fragment))
+        if self._known_wrong(name, message, message.state_hash):
             return
         if not self._agrees(name, message, loop, newest, now):
             return
@@ -697,6 +693,13 @@ class Membership:
             self._repair(name, message.tag, message.fragment, message.version, message.state_hash, now)
             return False
         return True
+
+    def _known_wrong(self, name: str, message: Applied | Propose, held: str) -> bool:
+        """Whether these bits are what the peer was told to drop: that is decided, and it is told again."""
+        known = self.members[name].wrong.get((message.tag, message.fragment), "") == held != ""
+        if known:
+            self._send(name, self._base(message.tag, message.fragment))
+        return known
 
     def _judge(self, tag: str, fragment: int, now: float) -> None:
         """Finds out which of several claims about the newest version is right, and repairs whoever holds another.
@@ -979,8 +982,7 @@ class Membership:
         claims = loop.claims.get(message.fragment)
         disputed = claims is not None and claims.disputed
         said = self.members[name].held.get((message.tag, message.fragment))
-        if message.base_hash and self.members[name].wrong.get((message.tag, message.fragment)) == message.base_hash:
-            self._send(name, self._base(message.tag, message.fragment))
+        if self._known_wrong(name, message, message.base_hash):
             return False
         if message.base_hash and said != (message.base_version, message.base_hash):
             self._send(name, self._stamp(Represent))  # it has not said what it holds, or is being led back

@@ -286,8 +286,13 @@ class Peer:
         self._reserve = Reserve()
         links = _link_options(options, stripes, env)
         self.group = _group(self, where.coordinator, listen, advertise, links, observe, env)
-        self._control = Control(
-            where.coordinator,
+        self._control = self._connect(where.coordinator)
+        self._join(where.coordinator, join_timeout)
+        self._drain_on_sigterm(sigterm_deadline)
+
+    def _connect(self, coordinator: str) -> Control:
+        return Control(
+            coordinator,
             self.name,
             self.incarnation,
             heartbeat=self.timeouts.heartbeat,
@@ -296,8 +301,6 @@ class Peer:
             on_beat=self._beat,
             on_failure=lambda error: self._fail(ElasticError(f"the control thread failed: {error!r}", peer=self.name)),
         )
-        self._join(where.coordinator, join_timeout)
-        self._drain_on_sigterm(sigterm_deadline)
 
     # --- membership -------------------------------------------------------------------------------------------------
 

@@ -95,8 +95,8 @@ class OuterLoop:
     checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
     living peer has them; a URL, or `Checkpoints`.
 
-    On entering, the peer fetches the run's outer state into the model, offers its newest checkpoint if nobody has one
-    that is newer, or founds the run with its own. When a round
+    On entering, the peer fetches the run's outer state into the model, goes on from its newest checkpoint if nobody has
+    anything newer, or founds the run with its own. When a round
     goes on without this peer it applies the result itself and keeps what it has learned for the next; a round that
     fails leaves everything as it was. Memory: outer parameters and momentum, twice (two versions are kept for
     joiners), the pseudo-gradient, and `keep_results` results, all float32; while somebody fetches an older version,
