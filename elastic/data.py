@@ -66,11 +66,18 @@ class Data:
     def batches(self, batch_size: int, batches_per_step: int | None = None) -> Iterator[Stretch]:
         """One pass: until the run is over, or nothing more can be handed out before what is in flight is stepped.
 
-        batches_per_step: how many the next optimizer step counts; None for all that is in flight.
+        batch_size: of each rank; a stretch is for all of them. batches_per_step: how many the next optimizer step
+        counts; None for all that is in flight.
         """
+        ranks = self._peer.ranks
+        leased = self._batches(batch_size * ranks.size, batches_per_step)
+        while (stretch := ranks.together("batch", lambda: next(leased, None))) is not None:
+            yield stretch
+
+    def _batches(self, batch_size: int, batches_per_step: int | None) -> Iterator[Stretch]:
         reader, this = self._begin_pass(batches_per_step), self._pass
         first = True
-        while not self._peer.stopping:
+        while not self._peer.ending:
             if self._pass is not this:
                 raise ConfigurationError("another pass over this peer's data has begun: go on with that one")
             # what a departed peer has given back is found by asking again before the end
@@ -90,6 +97,7 @@ class Data:
         """What is left depends on others: on a round under way, or on what a lost peer did not commit."""
         for give in list(self._peer.when_idle):
             give()
+        self._peer.ranks.tick()
         self._peer.pause()
 
     def _begin_pass(self, batches_per_step: int | None) -> ShardReader:
@@ -122,7 +130,7 @@ class Data:
     def indices(self, batch_size: int, batches_per_step: int | None = None) -> Iterator[list[int]]:
         for stretch in self.batches(batch_size, batches_per_step):
             assert self._reader is not None
-            yield self._reader.indices(stretch)
+            yield self._peer.ranks.share(self._reader.indices(stretch))
 
     def collated(self, dataset: Any, batch_size: int) -> Iterator[Any]:
         for indices in self.indices(batch_size):
@@ -137,7 +145,7 @@ class Data:
             if len(samples) < stretch.stop - stretch.start:
                 self._reached_end(epoch, stream.position)
             if samples:
-                yield default_collate(samples)
+                yield default_collate(self._peer.ranks.share(samples))
 
     def _reached_end(self, epoch: int, samples: int) -> None:
         """Tells the coordinator how long this epoch of the stream was; returns once it is durable."""
@@ -146,7 +154,7 @@ class Data:
         assert self._request is not None
         self._request = dataclasses.replace(self._request, ends=self._request.ends | {epoch: samples})
         self._learn_ends({epoch: samples})
-        self.lease()
+        self._peer.ranks.together("end of stream", self.lease)  # all ranks come to it
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
@@ -228,7 +236,10 @@ class Data:
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this peer is in the data: plain values, defined at any moment. Empty before any data is opened."""
+        """Where this peer is in the data: plain values, defined at any moment. Empty before any data is opened.
+
+        Of several ranks, the leader's is the one to keep.
+        """
         with self._lock:
             return self._reader.state_dict() if self._reader else {}
 
@@ -240,8 +251,12 @@ class Data:
         """
         if self._reader is None:
             raise ConfigurationError("open the data first: make the sampler, or begin with peer.shards(...)")
+        self._peer.ranks.together("load data", lambda: self._load(state))
+
+    def _load(self, state: dict[str, Any]) -> None:
         held = self.ask().shards
         with self._lock:
+            assert self._reader is not None
             self._reader.load_state_dict(state, held)
             self._pass = None
 

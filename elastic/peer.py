@@ -89,10 +89,12 @@ from .messages import (
     Withdraw,
 )
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
+from .ranks import ALONE, Alone
 from .runstate import LINEAGE, RunState
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.utils.data import Dataset
 
 KEPT_NOTES = 256
@@ -230,11 +232,22 @@ class Peer:
     observe: called with a `Progress` for each chunk received (fault injection, progress bars); must not block.
     sigterm_deadline: on SIGTERM, `drain` within so many seconds; 0, or a handler of the script's own, and nothing is
     done about it.
+    process_group: of torch.distributed; its processes are this one peer, and all make it, at once (`RankedPeer` says
+    what that means). Parameters may be replicated among them (DDP) or sharded (fully_shard, DTensor).
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
     (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
     is back; if this peer is expelled, every waiting and later call raises Evicted.
     """
+
+    ranks: Alone = ALONE
+
+    def __new__(cls, *args: Any, process_group: dist.ProcessGroup | None = None, **options: Any) -> Peer:
+        if cls is Peer and process_group is not None and process_group.size() > 1:
+            from .ranked import RankedPeer
+
+            cls = RankedPeer
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -253,6 +266,7 @@ class Peer:
         observe: Callable[[Progress], None] | None = None,
         join_timeout: float = 30.0,
         sigterm_deadline: float = 25.0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         env = environment()
         where = _where(coordinator, run, token, env)
@@ -262,7 +276,7 @@ class Peer:
         self.timeouts = timeouts or Timeouts()
         self.incarnation = secrets.randbits(63) | 1
         self.life = 0
-        self.progress = RunProgress()
+        self._progress = RunProgress()
         self._status = PeerStatus()
         self._changed = threading.Condition()
         self._members: dict[str, Member] = {}
@@ -354,7 +368,22 @@ class Peer:
     @property
     def stopping(self) -> bool:
         """Whether the training loop should end: the run has reached its target, or this peer drains."""
-        return self.progress.finished or self.draining
+        return self.ending
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has reached its target, as of now."""
+        return self._progress.finished
+
+    @property
+    def ending(self) -> bool:
+        """`stopping` as of now; to the script of several ranks it changes between two calls, on all ranks at once."""
+        return self.over or self.draining
+
+    @property
+    def progress(self) -> RunProgress:
+        """How far the run is, as the coordinator last said."""
+        return self._progress
 
     def patience(self, timeout: float | None) -> float:
         """Seconds to wait for a round: `timeout`, by default `timeouts.round`; less while this peer drains."""
@@ -411,15 +440,18 @@ class Peer:
 
     def close(self) -> None:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
-        if self._sigterm and threading.current_thread() is threading.main_thread():
-            if signal.getsignal(signal.SIGTERM) is self._sigterm:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._sigterm = None
+        self._undo_sigterm()
         self._fail(Evicted("this Peer is closed", peer=self.name))
         self._control.close()
         self.group.close()
         self.events.close()
         self._reserve.clear()
+
+    def _undo_sigterm(self) -> None:
+        if self._sigterm and threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGTERM) is self._sigterm:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._sigterm = None
 
     def __enter__(self) -> Peer:
         return self
@@ -435,8 +467,8 @@ class Peer:
             epoch=self._epoch,
             life=self.life,
             members=len(self._members),
-            rounds=self.progress.rounds,
-            tokens=self.progress.tokens,
+            rounds=self._progress.rounds,
+            tokens=self._progress.tokens,
             operations_waiting=len(self._inboxes),
             coordinator_silence=self.silent_for(),
             group=self.group.statistics(),
@@ -676,7 +708,8 @@ class Peer:
         what others hold, so reading must be cheap against training. `set_epoch(e)` is called if it has that, and
         `skip(n)` is used to go back. shard_size: samples per shard; by default 16 batches. epochs: passes over the
         data, 0: without end. Batches are collated as torch's DataLoader would; `dataset.tokens_per_sample` (by default
-        1) gives the weight of a sample.
+        1) gives the weight of a sample. With several ranks, batch_size is that of each of them; where samples are fewer
+        than ranks, some train on the same one, which counts once.
 
         A sample is read by one peer; its cursor is committed with the round that its step contributes to. Ends when
         the run has reached its target or the data is spent. Within an outer loop, spent means committed: a peer that
@@ -687,7 +720,7 @@ class Peer:
         Raises ConfigurationError (arguments; other data than before on this peer), ParityError (other data than the
         run's), CoordinatorUnavailable, Evicted.
         """
-        layout = layout_of(dataset, batch_size, shard_size, seed)
+        layout = layout_of(dataset, batch_size * self.ranks.size, shard_size, seed)
         self.data.open(dataset, layout, epochs)
         return (self.data.streamed if layout.stream else self.data.collated)(dataset, batch_size)
 
@@ -720,7 +753,7 @@ class Peer:
         meanwhile, ends the first with ConfigurationError. Other arguments, errors, and what holds when this peer is
         lost: as for `shards`. The sampler has `state_dict()` and `load_state_dict()`.
         """
-        layout = layout_of(dataset, batch_size, shard_size, seed)
+        layout = layout_of(dataset, batch_size * self.ranks.size, shard_size, seed)
         if layout.stream:
             raise ConfigurationError("a stream has no indices to sample: use peer.shards(dataset, batch_size=...)")
         if batches_per_step < 1:
@@ -842,7 +875,7 @@ class Peer:
         """Stays until no member of the finished run needs the state that this peer holds; `timeout` at the most."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            while self._fatal is None and self.progress.finished and self.progress.behind:
+            while self._fatal is None and self.over and self._progress.behind:
                 if not self._changed.wait(deadline - time.monotonic()):
                     return
 
@@ -929,7 +962,7 @@ class Peer:
             self._generation = self._generation_welcomed = message.generation
             self._epoch, self.life = message.epoch, message.life
             self._members = {member.name: member for member in message.members}
-            self.progress = message.progress
+            self._progress = message.progress
             inboxes = list(self._inboxes.values())
             for again in (*self._held.values(), *([self._target] if self._target else ())):
                 self.send(again)
@@ -986,7 +1019,7 @@ class Peer:
 
     def _progressed(self, progress: RunProgress) -> None:
         with self._changed:
-            self.progress = progress
+            self._progress = progress
             target = self._target
             if target and all(progress.targets.get(n) == v for n in TARGETS if (v := getattr(target, n))):
                 self._target = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -49,6 +49,7 @@ from ..messages import (
 from ..operations import Inbox, Outcome, refusal
 from ..runstate import LINEAGE
 from ..tensors import check_finite, check_wire, gathered_in
+from .local import Local
 from .optimizers import OuterOptimizer
 from .saving import Saver
 from .state import Layout, Version
@@ -132,7 +133,7 @@ class OuterLoop:
         self.model, self.inner, self.peer, self.tag = model, inner, peer, tag
         self.sync_every, self.outer, self.wire = sync_every, outer, wire
         self.max_staleness, self.keep_results, self.timeout = max_staleness, keep_results, timeout
-        self.layout = Layout(model)
+        self.layout = Layout(model, peer.ranks, tag)
         self.spec = OperationSpec(
             op="mean",
             dtype="float32",
@@ -143,7 +144,7 @@ class OuterLoop:
             fingerprint=self.layout.fingerprint,
         )
         where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
-        self.saver = Saver(where, peer, tag, self.spec, self.layout, inner) if where else None
+        self.saver = Saver(where, peer, tag, self.spec, self.layout, Local(inner, peer.ranks, tag)) if where else None
         self.steps = 0
         self.last_commit: Commit | None = None
         self._version: Version | None = None
@@ -176,7 +177,10 @@ class OuterLoop:
 
     @property
     def version(self) -> Version:
-        """The outer state that this peer holds. Raises ConfigurationError outside the context."""
+        """The outer state that this peer holds. Raises ConfigurationError outside the context.
+
+        On ranks that do not lead, its number and hash without the values.
+        """
         if self._version is None:
             raise ConfigurationError(f"enter the loop first: with {self.algorithm}(...) as outer: ...")
         return self._version
@@ -186,31 +190,32 @@ class OuterLoop:
         """Whether the training loop should end: the run has reached its target, or this peer drains."""
         return self.peer.stopping
 
-    @property
-    def _over(self) -> bool:
-        return self.peer.progress.finished
-
     def __enter__(self) -> Self:
-        self._context = self.peer.inbox(self.tag)
-        self._inbox = self._context.__enter__()
+        ranks = self.peer.ranks
         try:
-            self._fetch_base(self._from_disk())
-            self.layout.write(self.version.parameters)
-            self._hook = self.inner.register_step_post_hook(lambda *_: self._after_step())
-            self.peer.when_idle.append(self._idle)
-            self._ending = (threading.current_thread(), self.finish)
+            ranks.mirror(self.tag, self._now, self._see)
+            self._together("enter", self._enter)
+            self._hook = self.inner.register_step_post_hook(lambda *_: self._together("step", self._after_step))
+            self._ending = threading.current_thread(), self.finish if ranks.leads else self._leave
             self.peer.when_leaving.append(self._ending)
-            self.peer.recomputes[self.tag] = self._recompute
         except BaseException:
             self._leave()
             raise
         return self
 
+    def _enter(self) -> None:
+        self._context = self.peer.inbox(self.tag)
+        self._inbox = self._context.__enter__()
+        self._fetch_base(self._from_disk())
+        self.layout.write(self.version.parameters)
+        self.peer.when_idle.append(self._idle)
+        self.peer.recomputes[self.tag] = self._recompute
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Ends the loop with `finish`; after an error, only leaves."""
-        if self._inbox is None:
+        if self._hook is None:
             return
         if kind is None:
             self.finish()
@@ -224,17 +229,20 @@ class OuterLoop:
         drains gives what it has learned if that is committed in time, and goes without if not.
         """
         try:
-            self._give_all()
-            self.layout.write(self.version.parameters)
-            if self.saver:
-                self.saver.save_last(self._own_part())
-            self.peer.see_off(SEE_OFF_SECONDS)
+            self._together("finish", self._finish)
         finally:
             self._leave()
 
+    def _finish(self) -> None:
+        self._give_all()
+        self.layout.write(self.version.parameters)
+        if self.saver:
+            self.saver.save_last(self._own_part())
+        self.peer.see_off(SEE_OFF_SECONDS)
+
     def _give_all(self) -> None:
         try:
-            self.flush()
+            self._flush()
         except (NotEnoughPeers, CoordinatorUnavailable) as error:
             if not self.peer.draining:
                 raise
@@ -244,14 +252,35 @@ class OuterLoop:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            self.peer.when_idle.remove(self._idle)
             self.peer.when_leaving.remove(self._ending)
-            del self.peer.recomputes[self.tag]
+        self.peer.ranks.forget(self.tag)
+        if self._context is not None:
+            self._leave_run()
+
+    def _leave_run(self) -> None:
+        if self._idle in self.peer.when_idle:
+            self.peer.when_idle.remove(self._idle)
+        self.peer.recomputes.pop(self.tag, None)
         if self.saver:
             self.saver.close()
         self.peer.send(Exit(run=self.peer.run, tag=self.tag))
         self._context.__exit__()
-        self._inbox = None
+        self._context = self._inbox = None
+
+    # --- the ranks of this peer ---------------------------------------------------------------------------------------
+
+    def _together(self, label: str, lead: Callable[[], None]) -> None:
+        """The leader does it; what it orders reaches the other ranks."""
+        self.peer.ranks.together(f"{self.tag}: {label}", lead)
+
+    def _now(self) -> tuple[int, int, str, Commit | None]:
+        version = self._version
+        return self.steps, version.number if version else -1, version.state_hash if version else "", self.last_commit
+
+    def _see(self, now: tuple[int, int, str, Commit | None]) -> None:
+        if not self.peer.ranks.leads:
+            self.steps, number, state_hash, self.last_commit = now
+            self._version = Version.elsewhere(number, state_hash) if number >= 0 else None
 
     # --- the inner loop's hook ----------------------------------------------------------------------------------------
 
@@ -264,13 +293,13 @@ class OuterLoop:
         self._receive(not self.peer.whole)  # until its samples are whole again it can give nothing
         self.peer.report(step=self.steps, state="training")
         self._take_messages()
-        if self._can_give and not self.finished and (self._since_applied >= self.sync_every or self._opened):
+        if self._can_give and not self.peer.ending and (self._since_applied >= self.sync_every or self._opened):
             self._exchange()
 
     def _idle(self) -> None:
         """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
-        self.flush()
-        if not (self._weight or self._over):
+        self._flush()
+        if not (self._weight or self.peer.over):
             self.peer.report(state="receiving")
             self._receive(True)
 
@@ -281,7 +310,7 @@ class OuterLoop:
 
     @property
     def _can_give(self) -> bool:
-        return self.peer.whole and not self._over
+        return self.peer.whole and not self.peer.over
 
     def _take_messages(self) -> None:
         """Applies what came while training: rounds that went on without this peer, and the call to a round."""
@@ -317,6 +346,9 @@ class OuterLoop:
 
     def flush(self) -> None:
         """Exchanges now what has been learned since the last round; returns at once if that is nothing."""
+        self._together("flush", self._flush)
+
+    def _flush(self) -> None:
         self._take_messages()
         if self._weight > 0 and self._can_give:
             self._exchange()
@@ -324,6 +356,7 @@ class OuterLoop:
     def _exchange(self) -> None:
         assert self._inbox is not None
         self.peer.report(state="exchanging")
+        self.layout.check_replicas()
         source = self.contribution(self.version, self.layout.read())
         check_finite(source, self.wire, self.peer.name)
         result = torch.empty_like(source)
@@ -341,7 +374,7 @@ class OuterLoop:
         try:
             outcome = operation.run(self.peer.patience(self.timeout))
         except RoundAborted:
-            if not self._over:
+            if not self.peer.over:
                 self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
         except BaseException as error:
             if operation.done_digest:
@@ -622,18 +655,26 @@ class OuterLoop:
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
         """The model with the outer parameters in it; the local ones come back afterwards."""
-        local = self.layout.read()
-        self.layout.write(self.version.parameters)
+        local = self.layout.keep()
+        self._together("evaluate", lambda: self.layout.write(self.version.parameters))
         training = self.model.training
         self.model.eval()
         try:
             yield self.model
         finally:
             self.model.train(training)
-            self.layout.write(local)
+            self.layout.put_back(local)
 
     def state_dict(self) -> dict[str, Any]:
-        """The outer state, this peer's place in the round and in its data, defined between any two inner steps."""
+        """The outer state, this peer's place in the round and in its data, defined between any two inner steps.
+
+        With several ranks, a call of all; the leader has it, the others get {}.
+        """
+        state: dict[str, Any] = {}
+        self._together("state_dict", lambda: state.update(self._state_dict()))
+        return state
+
+    def _state_dict(self) -> dict[str, Any]:
         return {
             "algorithm": self.spec.algorithm,
             "fingerprint": self.layout.fingerprint,
@@ -652,8 +693,11 @@ class OuterLoop:
         """Restores `state_dict()`, within the context and between two passes over the data, which must be open again.
 
         Where the run has gone on since, its versions and positions hold. Raises CheckpointMismatch for another model,
-        algorithm or dataset; then nothing changes.
+        algorithm or dataset; then nothing changes. With several ranks, a call of all; the leader's state counts.
         """
+        self._together("load_state_dict", lambda: self._load_state_dict(state))
+
+    def _load_state_dict(self, state: dict[str, Any]) -> None:
         for what, ours in (("algorithm", self.spec.algorithm), ("fingerprint", self.layout.fingerprint)):
             if state[what] != ours:
                 raise CheckpointMismatch(f"the state's {what} is {state[what]!r}, this loop's is {ours!r}")

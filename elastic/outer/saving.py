@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..checkpoints import Checkpoints, Snapshot
 from ..checkpoints.entries import Entry, Outer, Refused
 from ..checkpoints.manifest import Manifest
-from ..checkpoints.portable import portable, random_state, restore_random_state
+from ..checkpoints.portable import portable
 from ..checkpoints.writer import Writer, WriterStatistics
 from ..errors import CheckpointMismatch, ConfigurationError
 from ..messages import Commit, OperationSpec
 from ..runstate import RunState
+from .local import Local
 from .state import Layout, Version
 
 if TYPE_CHECKING:
@@ -47,10 +46,10 @@ class Saver:
         tag: str,
         spec: OperationSpec,
         layout: Layout,
-        inner: torch.optim.Optimizer,
+        local: Local,
     ) -> None:
         self.checkpoints, self._peer, self._spec = checkpoints, peer, spec
-        self._layout, self._inner = layout, inner
+        self._layout, self._local = layout, local
         self._store = checkpoints.store(peer.run, tag)
         self._writer = Writer(lambda error: peer.events.emit("checkpoint.failed", reason=str(error)))
         self._last: Due | None = None
@@ -89,8 +88,7 @@ class Saver:
             part = self._store.read_peer(entry, self._peer.name)
             if part is None:
                 return None
-            self._inner.load_state_dict(part["inner"])
-            restore_random_state(part["random"])
+            self._local.restore(part)
             loop: dict[str, Any] = part["loop"]
         except Refused as error:
             self._refuse(error.refusal)
@@ -130,7 +128,7 @@ class Saver:
 
     def _submit(self, due: Due, loop: Mapping[str, Any]) -> None:
         # only the copy of what training changes is made here
-        part = portable({"inner": self._inner.state_dict(), "random": random_state(), "loop": dict(loop)})
+        part = portable(self._local.state() | {"loop": dict(loop)})
         self._saved = due.version.number
         self._writer.submit(lambda: self._write(due, part))
 
