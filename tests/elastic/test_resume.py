@@ -172,6 +172,7 @@ def events(run: Run, log: str, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(run: Run) -> None:
+    run.timeouts = replace(run.timeouts, grace=1.0)  # so long a newer one is waited for
     where = Checkpoints(str(run.folder / "c"), every=1, keep=4)
     peer = run.join("p0")
     loop = train(peer, 6, where)
@@ -309,6 +310,7 @@ def test_a_place_that_cannot_be_read_is_an_error_and_one_that_cannot_be_written_
 
 def test_the_first_ones_who_come_without_a_checkpoint_follow_who_has_one(run: Run) -> None:
     """A coordinator without journal lets the first peer found the run; nothing is committed when the other comes."""
+    run.timeouts = replace(run.timeouts, grace=1.0)
     where = str(run.folder / "c")
     run.policy = RunPolicy(min_peers=2)
     pair = run.several(2)
