@@ -116,12 +116,13 @@ def _code(message: str) -> int:
 
 
 def _say_where(coordinator: Coordinator, file: Path | None) -> None:
-    click.echo(f"ELASTIC_JOIN={coordinator.token}")
+    """The file first: whoever has read the line finds it."""
     if file is not None:
         try:
             file.write_text(f"{coordinator.token}\n", encoding="utf-8")
         except OSError as error:
             _refuse(exits.OUTPUT, f"cannot write {file}: {error.strerror}")
+    click.echo(f"ELASTIC_JOIN={coordinator.token}")
 
 
 def _recover(coordinator: Coordinator, stop: threading.Event, accept: bool) -> None:

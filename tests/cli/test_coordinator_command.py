@@ -22,9 +22,13 @@ from cli.main import main
 HERE = Path(__file__).parents[2]
 
 
+# In a process of its own, in which a recovery asks early.
+COMMAND = "import cli.coordinator, cli.main; cli.coordinator.ASK_SECONDS = 2.0; cli.main.main()"
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "cli.main", "coordinator", "--run", "test", *arguments]
+    command = [sys.executable, "-c", COMMAND, "coordinator", "--run", "test", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder, env=environment)
     try:

@@ -26,6 +26,7 @@ from xxhash import xxh3_128_hexdigest
 from collectives import Abort, Done, Failed, Group, Identity, LinkOptions, Member, Progress, Start
 
 PRELOADED = ["__main__", "torch", "numpy", "collectives.group", "elastic.peer", "elastic.coordinator"]
+PRELOADED += ["torch._dynamo", "elastic.outer.diloco"]  # torch imports the former with the first optimizer
 SIGNALS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}
 
 

@@ -1,13 +1,19 @@
-"""The fixture of the tests over real sockets: a run in this process that leaves no thread behind."""
+"""The fixture of the tests over real sockets: a run in this process that leaves no thread behind.
+
+It also puts the data plane's test helpers (`forked`) on the path.
+"""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "collectives"))
 
 
 @pytest.fixture

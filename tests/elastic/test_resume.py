@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import forking
 from harness import Run, until
+from resume_worker import SAMPLES, SHARD, Order, serve_coordinator, serve_peer
 
 from elastic.checkpoints import Checkpoints, Snapshot, Store
 from elastic.config import RunPolicy, Timeouts
@@ -28,78 +29,21 @@ from elastic.peer import Peer
 from elastic.runstate import RunState
 from elastic.shards import Layout
 
-SAMPLES, SHARD, BATCH = 4000, 20, 5
-HERE = Path(__file__).parent
-
-COORDINATOR = """
-import sys, time
-from pathlib import Path
-from elastic.config import RunPolicy
-from elastic.coordinator import Coordinator
-from harness import QUICK
-from dataclasses import replace
-
-port, journal, peers = sys.argv[1:]
-QUICK = replace(QUICK, evict_after=4.0)
-policy = RunPolicy(min_peers=int(peers), quorum=1.0)
-path = Path(journal) if journal else None
-with Coordinator(f"tcp://127.0.0.1:{port}", run="test", policy=policy, timeouts=QUICK, journal=path) as coordinator:
-    print(coordinator.address, flush=True)
-    time.sleep(3600)
-"""
-
-PEER = """
-import json, sys
-import torch
-import elastic
-from elastic.checkpoints import Checkpoints
-from harness import QUICK
-
-address, name, peers, where, every, epochs, pause = sys.argv[1:]
-torch.manual_seed(int(name[1:]))
-peer = elastic.Peer(address, run="test", name=name, timeouts=QUICK)
-peer.wait_for(int(peers))
-model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-inner = torch.optim.AdamW(model.parameters(), lr=1e-4)
-say = lambda **fields: print(json.dumps(fields), flush=True)
-loop = elastic.DiLoCo(model, inner, peer, sync_every=3, checkpoints=Checkpoints(where, every=int(every), keep=3))
-with loop:
-    moments = [float(s["exp_avg"].abs().sum()) for s in inner.state.values()]
-    say(version=loop.version.number, hash=loop.version.state_hash, steps=loop.steps, moments=moments)
-    for batch in peer.shards(torch.arange(4000.0), batch_size=5, shard_size=20, epochs=int(epochs)):
-        model(batch[:, None]).square().mean().backward()
-        say(samples=batch.int().tolist())
-        inner.step()
-        inner.zero_grad()
-        say(version=loop.version.number, hash=loop.version.state_hash)
-        torch.empty(1).uniform_() if not float(pause) else __import__("time").sleep(float(pause))
-say(version=loop.version.number, hash=loop.version.state_hash, ended=True)
-peer.leave()
-"""
-
 
 class Running:
     """Processes of one life of the run; what each peer says is a list of its lines."""
 
     def __init__(self, folder: Path, journal: Path | None, peers: list[str], where: Path, **options: Any) -> None:
-        self.folder, self.said = folder, {name: folder / f"{name}.said" for name in peers}
-        self.coordinator = self._start(COORDINATOR, 0, journal or "", len(peers))
-        assert self.coordinator.stdout is not None
-        address = self.coordinator.stdout.readline().strip()
-        epochs, pause, every = options.get("epochs", 0), options.get("pause", 0.0), options.get("every", 1)
-        self.peers = {
-            name: self._start(PEER, address, name, len(peers), where, every, epochs, pause, out=self.said[name])
-            for name in peers
-        }
-
-    def _start(self, script: str, *arguments: Any, out: Path | None = None) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parents[1]), str(HERE)))}
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        output: Any = out.open("w") if out else subprocess.PIPE
-        return subprocess.Popen(command, stdout=output, text=True, env=environment)
+        self.said = {name: folder / f"{name}.said" for name in peers}
+        self._pipe, theirs = forking().Pipe()
+        self.coordinator = start(serve_coordinator, theirs, journal, len(peers))
+        theirs.close()
+        self._order = partial(Order, address=self._pipe.recv(), peers=len(peers), where=where, **options)
+        self.peers = {name: start(serve_peer, said, self._order(name=name)) for name, said in self.said.items()}
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        lines = self.said[name].read_text().split("\n")[:-1]
+        said = self.said[name]
+        lines = said.read_text().split("\n")[:-1] if said.exists() else []
         return [json.loads(line) for line in lines]
 
     def version(self) -> int:
@@ -108,9 +52,16 @@ class Running:
 
     def kill(self) -> None:
         for process in (*self.peers.values(), self.coordinator):
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in (*self.peers.values(), self.coordinator):
-            process.wait()
+            process.join()
+        self._pipe.close()
+
+
+def start(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    process = forking().Process(target=work, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 @contextmanager
@@ -150,7 +101,7 @@ def test_a_whole_run_killed_at_a_random_moment_goes_on_where_its_newest_checkpoi
     assert len(before) == len(set(before)) == state.data.committed > 0
 
     names = [f"p{i}" for i in range(second)]
-    with life(tmp_path, 2, path if journal else None, names, where, epochs=0) as again:
+    with life(tmp_path, 2, path if journal else None, names, where) as again:
         until(lambda: len(ended(again, newest.versions[0].number + 5)) == second)
     for name in names:
         entered = again.lines(name)[0]
@@ -183,7 +134,8 @@ def test_a_run_resumed_twice_reads_every_sample_of_the_epoch_once(tmp_path: Path
     assert newest.versions[0].number % 4 == 0
     with life(tmp_path, 3, path, ["p0", "p1"], where, every=4, epochs=1) as third:
         for process in third.peers.values():
-            assert process.wait(120) == 0
+            process.join()
+            assert process.exitcode == 0
         ends = [third.lines(name)[-1] for name in third.said]
         trained = [sample for name in third.said for line in third.lines(name) for sample in line.get("samples", ())]
     assert ends[0] == ends[1] and ends[0]["ended"]
@@ -220,6 +172,7 @@ def events(run: Run, log: str, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(run: Run) -> None:
+    run.timeouts = replace(run.timeouts, grace=1.0)  # so long a newer one is waited for
     where = Checkpoints(str(run.folder / "c"), every=1, keep=4)
     peer = run.join("p0")
     loop = train(peer, 6, where)
@@ -357,6 +310,7 @@ def test_a_place_that_cannot_be_read_is_an_error_and_one_that_cannot_be_written_
 
 def test_the_first_ones_who_come_without_a_checkpoint_follow_who_has_one(run: Run) -> None:
     """A coordinator without journal lets the first peer found the run; nothing is committed when the other comes."""
+    run.timeouts = replace(run.timeouts, grace=1.0)
     where = str(run.folder / "c")
     run.policy = RunPolicy(min_peers=2)
     pair = run.several(2)

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plane import eventually
+from plane import eventually, together
 
 from benchmarks.wan.wan import Topology, Wan, WanError, _start_time
 
@@ -60,43 +61,60 @@ def flood(w: Wan, count: int, size: int = 1400) -> None:
             s.sendto(bytes(size), (w.addr("b"), 9))
 
 
-def delivered(w: Wan, count: int, seconds: float) -> dict[str, Any]:
-    """The link from a to b, once so many packets have come to it and none is on its way."""
-    eventually(lambda: link(w, "a", "b")["in_pkts"] >= count and not link(w, "a", "b")["held_pkts"], seconds)
+def admit(w: Wan, count: int, size: int = 1400) -> float:
+    """Floods, and waits until all of it has come to the link from a to b: sent is not yet there on a busy machine.
+
+    Returns the seconds from before the first was sent to when the last was seen to be there.
+    """
+    began, before = time.monotonic(), link(w, "a", "b")["in_pkts"]
+    flood(w, count, size)
+    eventually(lambda: link(w, "a", "b")["in_pkts"] == before + count)
+    return time.monotonic() - began
+
+
+def delivered(w: Wan) -> dict[str, Any]:
+    """The link from a to b, once nothing is on its way there."""
+    eventually(lambda: not link(w, "a", "b")["held_pkts"])
     return link(w, "a", "b")
 
 
-def connect_s(w: Wan, a: str, b: str, port: int = 5000, n: int = 5) -> float:
-    took = []
-    for _ in range(n):
-        t = time.monotonic()
-        connect(w, a, b, port).close()
-        took.append(time.monotonic() - t)
-    return sorted(took)[n // 2]
+def assert_takes(measure: Callable[[], float], least: float, most: float) -> None:
+    """It never takes less; and not more, but for a busy machine: so once at least within a few times."""
+    took: list[float] = []
+    while not took or took[-1] >= most:
+        assert len(took) < 20, took
+        took.append(measure())
+        assert took[-1] >= least
+
+
+def connecting(w: Wan, a: str, b: str) -> float:
+    """Seconds."""
+    began = time.monotonic()
+    connect(w, a, b).close()
+    return time.monotonic() - began
 
 
 def transfer(w: Wan, a: str, b: str, data: bytes, port: int = 5000, chunk: int = 1 << 16) -> tuple[str, float]:
-    """Sends data from a to b; returns (digest at b, seconds from first to last byte)."""
+    """Sends data from a to b; returns (digest at b, seconds from the first send to the last byte there)."""
     got: dict[str, Any] = {}
 
     def receive(ls: socket.socket) -> None:
         c, _ = ls.accept()
         h = hashlib.sha256()
-        t = 0.0
         with c:
             while d := c.recv(1 << 18):
-                t = t or time.monotonic()
                 h.update(d)
-        got.update(digest=h.hexdigest(), took=time.monotonic() - t)
+        got.update(digest=h.hexdigest(), at=time.monotonic())
 
     with listen(w, b, port) as ls:
         th = threading.Thread(target=receive, args=(ls,), daemon=True)
         th.start()
         with connect(w, a, b, port, timeout=60) as s:
+            began = time.monotonic()
             for i in range(0, len(data), chunk):
                 s.sendall(data[i : i + chunk])
         th.join(60)
-    return got["digest"], got["took"]
+    return got["digest"], got["at"] - began
 
 
 def link(w: Wan, a: str, b: str) -> dict[str, Any]:
@@ -107,11 +125,11 @@ def link(w: Wan, a: str, b: str) -> dict[str, Any]:
 @pytest.mark.wan
 def test_delay_and_changing_it(wan: Wan) -> None:
     with listen(wan, "b"):
-        assert 0.020 <= connect_s(wan, "a", "b") < 0.030
+        assert_takes(lambda: connecting(wan, "a", "b"), 0.020, 0.030)
         wan.set("a", "b", delay=50)
-        assert 0.100 <= connect_s(wan, "a", "b") < 0.115
+        assert_takes(lambda: connecting(wan, "a", "b"), 0.100, 0.115)
         wan.set("a", "b", both=False, delay=5)
-        assert 0.055 <= connect_s(wan, "a", "b") < 0.070
+        assert_takes(lambda: connecting(wan, "a", "b"), 0.055, 0.070)
 
 
 @pytest.mark.wan
@@ -126,8 +144,8 @@ def test_settings_of_a_site_are_made_or_refused(wan: Wan) -> None:
 def test_rate(wan: Wan) -> None:
     wan.set("a", "b", rate=40)
     data = os.urandom(1 << 20) * 10
-    _, took = transfer(wan, "a", "b", data)
-    assert 0.75 * 40 < len(data) * 8 / took / 1e6 < 40
+    ideal = len(data) * 8 / 40e6
+    assert_takes(lambda: transfer(wan, "a", "b", data)[1], ideal, ideal / 0.75)
 
 
 @pytest.mark.wan
@@ -143,33 +161,35 @@ def test_data_is_intact_under_loss(wan: Wan) -> None:
 @pytest.mark.wan
 def test_burst_loss_has_the_same_mean(wan: Wan) -> None:
     wan.set("a", "b", both=False, loss=0.02, burst=5, rate=0, delay=0)
-    for sent in range(1000, 50_001, 1000):  # no more at once than the TUN device holds
-        flood(wan, 1000, 1)
-        eventually(lambda sent=sent: link(wan, "a", "b")["in_pkts"] == sent)  # type: ignore[misc]
-    k = delivered(wan, 50_000, 0.2)
+    for _ in range(50):  # no more at once than the TUN device holds
+        admit(wan, 1000, 1)
+    k = delivered(wan)
+    assert k["in_pkts"] == 50_000
     assert 0.01 < k["drop_loss"] / k["in_pkts"] < 0.03
 
 
 @pytest.mark.wan
 def test_queue_is_finite(wan: Wan) -> None:
-    wan.set("a", "b", both=False, rate=10, queue=10)
-    flood(wan, 100)
-    k = delivered(wan, 100, 0.3)
-    assert 5 <= k["out_pkts"] <= 25 and k["drop_queue"] + k["out_pkts"] == 100
+    each = 1428 * 8 / 1e6  # seconds on the wire at 1 Mbit/s
+    wan.set("a", "b", both=False, rate=1, queue=100)
+    took = admit(wan, 100)
+    k = delivered(wan)
+    assert 0.1 / each <= k["out_pkts"] <= (0.1 + took) / each + 2 and k["drop_queue"] + k["out_pkts"] == 100
     wan.reset()
     wan.set("a", "b", both=False, queue=1000, queue_pkts=20)
-    flood(wan, 100)
-    assert 20 <= delivered(wan, 100, 0.3)["out_pkts"] <= 35
+    took = admit(wan, 100)
+    k = delivered(wan)
+    assert 20 <= k["out_pkts"] <= 22 + took / each and k["drop_queue"] + k["out_pkts"] == 100
 
 
 @pytest.mark.wan
 def test_lowering_the_rate_does_not_block_the_link(wan: Wan) -> None:
-    wan.set("a", "b", both=False, rate=100, queue=200)
-    flood(wan, 100)
-    wan.set("a", "b", both=False, rate=1)
-    flood(wan, 1)
-    k = delivered(wan, 101, 0.5)
-    assert k["out_pkts"] == 101 and k["held_pkts"] == 0
+    wan.set("a", "b", both=False, rate=1, queue=2000)
+    admit(wan, 100)  # more than a second on the wire; a hundred times that at the new rate, and no room behind it
+    wan.set("a", "b", both=False, rate=0.01)
+    admit(wan, 1, 1)
+    k = delivered(wan)
+    assert k["out_pkts"] == 101 and k["drop_queue"] == 0
 
 
 @pytest.mark.wan
@@ -178,10 +198,11 @@ def test_cut_and_heal(wan: Wan) -> None:
         c, _ = ls.accept()
         wan.cut("a", "b")
         s.sendall(b"x" * 1000)
-        c.settimeout(0.5)
-        with pytest.raises(TimeoutError):
+        eventually(lambda: link(wan, "a", "b")["drop_cut"] > 1)  # it was sent again
+        assert link(wan, "a", "b")["cut"]
+        c.setblocking(False)
+        with pytest.raises(BlockingIOError):
             c.recv(10)
-        assert link(wan, "a", "b")["cut"] and link(wan, "a", "b")["drop_cut"] > 0
         with listen(wan, "c"):
             connect(wan, "a", "c").close()  # the others are not affected
         wan.heal("a", "b")
@@ -196,6 +217,7 @@ def test_one_way_cut_and_isolation(wan: Wan) -> None:
     with listen(wan, "b"), listen(wan, "a"):
         with pytest.raises(TimeoutError):
             connect(wan, "a", "b", timeout=0.3)
+        eventually(lambda: link(wan, "b", "a")["drop_cut"] > 0)
         assert link(wan, "a", "b")["out_pkts"] > 0 and link(wan, "b", "a")["out_pkts"] == 0
     wan.cut("c")
     assert {(k["from"], k["to"]) for k in wan.status()["links"] if k["cut"]} == {
@@ -213,20 +235,18 @@ def test_one_way_cut_and_isolation(wan: Wan) -> None:
 @pytest.mark.wan
 def test_shared_uplink_and_downlink(wan: Wan) -> None:
     data = bytes(5 << 20)
-    for kw, pairs in (({"up": 40}, (("a", "b"), ("a", "c"))), ({"up": 0, "down": 40}, (("b", "a"), ("c", "a")))):
-        wan.access("a", **kw)
-        took: dict[int, float] = {}
+    ideal, digest = 2 * len(data) * 8 / 40e6, hashlib.sha256(data).hexdigest()
 
-        def go(i: int, a: str, b: str, took: dict[int, float] = took) -> None:
-            took[i] = transfer(wan, a, b, data, port=5100 + i)[1]
+    def both(*pairs: tuple[str, str]) -> float:
+        """Seconds until both transfers are over."""
+        began = time.monotonic()
+        moved = together(*(partial(transfer, wan, *pair, data, port=5100 + i) for i, pair in enumerate(pairs)))
+        assert [found for found, _ in moved] == [digest] * 2
+        return time.monotonic() - began
 
-        threads = [threading.Thread(target=go, args=(i, a, b)) for i, (a, b) in enumerate(pairs)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join(60)
-        assert 2 * len(data) * 8 / max(took.values()) / 1e6 < 42
-        assert max(took.values()) < 5
+    for shared, pairs in (({"up": 40}, (("a", "b"), ("a", "c"))), ({"up": 0, "down": 40}, (("b", "a"), ("c", "a")))):
+        wan.access("a", **shared)
+        assert_takes(partial(both, *pairs), ideal, 5.0)
 
 
 @pytest.mark.wan
@@ -234,7 +254,7 @@ def test_sighup_reads_the_file_again(wan: Wan) -> None:
     conf = wan.dir / "wanem.conf"
     conf.write_text(conf.read_text() + "link a b delay_us=40000\n")
     os.kill(wan.state()["pid"], signal.SIGHUP)
-    eventually(lambda: link(wan, "a", "b")["delay_ms"] == 40, 3)
+    eventually(lambda: link(wan, "a", "b")["delay_ms"] == 40)
     assert link(wan, "b", "a")["delay_ms"] == 10
 
 
@@ -243,7 +263,7 @@ def test_down_removes_everything(wan: Wan) -> None:
     p = wan.popen("a", ["sleep", "60"])
     st = dict(wan.state())
     wan.down()
-    assert p.wait(5) != 0
+    assert p.wait() != 0
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     assert NAME not in left
     assert not running(st["pid"])
@@ -261,7 +281,7 @@ def test_it_ends_with_its_owner_and_can_be_taken_over() -> None:
         "print(w.state()['pid'], flush=True)\nos._exit(0)\n"
     )
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
-    eventually(lambda: not running(pid), 3)
+    eventually(lambda: not running(pid))
     with Wan(SMALL, NAME, max_life=60) as w, listen(w, "b"):
         connect(w, "a", "b").close()
 
