@@ -21,7 +21,7 @@ from collectives.records import Identity, LinkFailure, Member, Start
 from elastic.audit import audit
 from elastic.config import RunPolicy, Timeouts
 from elastic.journal import Committed, Departed, LoopFounded, Opened, Record, Restored
-from elastic.membership import Emit, Membership, Persist, Send
+from elastic.membership import Membership
 from elastic.messages import (
     STREAM,
     Applied,
@@ -57,6 +57,7 @@ from elastic.messages import (
     Withdraw,
 )
 from elastic.recovery import Recovery
+from elastic.roster import Emit, Persist, Send
 from elastic.runstate import LINEAGE, RunState
 from elastic.shards import Layout, ShardReader, Stretch
 
