@@ -232,6 +232,7 @@ class OuterLoops:
         loop.claims.pop(fragment, None)
         for state in self._roster.members.values():
             state.held.pop((tag, fragment), None)
+            state.wrong.pop((tag, fragment), None)  # it may be right from here on
             state.trains.discard(tag)
         for name, each in self._offers.pop(tag).items():
             if (each.version, each.state_hash) == (offer.version, offer.state_hash):
