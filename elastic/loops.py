@@ -16,7 +16,7 @@ from typing import Protocol
 from . import rounds
 from .config import Timeouts
 from .errors import CheckpointMismatch
-from .journal import Committed, LoopFounded, Opened, Restored
+from .journal import Committed, Halted, LoopFounded, Opened, Restored
 from .messages import (
     Applied,
     Base,
@@ -52,7 +52,8 @@ class Loop:
     """An outer loop: its contract and how far each fragment is (durable), and what is open about its state.
 
     digests: of the results that led to the latest versions. claims: of what the newest ones are.
-    founders: lives that were told to begin with what they have. halted: why the loop cannot go on.
+    founders: lives that were told to begin with what they have. halted: why the loop cannot go on (durable).
+    void: of each fragment, the last version that stayed undecided, and the digest that led to it (durable).
     """
 
     spec: OperationSpec
@@ -63,6 +64,7 @@ class Loop:
     founders: set[int] = field(default_factory=set)
     claims: dict[int, Claims] = field(default_factory=dict)
     halted: str = ""
+    void: dict[int, tuple[int, str]] = field(default_factory=dict)
 
 
 class OpenRounds(Protocol):
@@ -122,7 +124,7 @@ class OuterLoops:
             self._roster.refuse(name, message, "ParityError", reason, tag=message.tag)
             return
         if loop is not None and loop.halted:
-            self._roster.refuse(name, message, "ParityError", loop.halted, tag=message.tag)
+            self._enter_halted(name, message, loop, now)
             return
         self._roster.members[name].entered.add(message.tag)
         self._roster.members[name].exited.discard(message.tag)
@@ -140,6 +142,15 @@ class OuterLoops:
             self._enter_unheld(name, message, now)
         else:  # whoever holds it is about to say so
             self._entering.setdefault(message.tag, set()).add(name)
+
+    def _enter_halted(self, name: str, message: Enter, loop: Loop, now: float) -> None:
+        """The newest version is void: once nobody is in the loop any more, an earlier checkpoint may take its place."""
+        tag, members = message.tag, self._roster.members
+        members[name].entered.discard(tag)  # who asks has left it before
+        if any(tag in state.entered for state in members.values()):
+            self._roster.refuse(name, message, "ParityError", loop.halted, tag=tag)
+        elif not self._roster.returning and self._take_offer(name, message):  # who is still to come back may be in it
+            self._enter_unheld(name, message, now)
 
     def _begun(self, tag: str) -> bool:
         """Whether a round of the loop has changed anything."""
@@ -167,8 +178,9 @@ class OuterLoops:
         """The committed state died with its last holder: a checkpoint takes its place, or there is nothing left."""
         if self._wait_for_offers(name, message, now):
             return
-        version = self.loops[message.tag].versions[message.fragment]
-        reason = f"no living peer holds version {version} of {message.tag}, and no checkpoint was offered"
+        loop = self.loops[message.tag]
+        unheld = loop.halted or f"no living peer holds version {loop.versions[message.fragment]} of {message.tag}"
+        reason = f"{unheld}; no checkpoint was offered"
         self._roster.refuse(name, message, "NoSource", reason, tag=message.tag)
 
     def _take_offer(self, name: str, message: Enter) -> bool:
@@ -182,6 +194,10 @@ class OuterLoops:
             loop = state.loop(message.tag)
             if state.run != self._roster.run or loop is None or loop.versions.get(message.fragment) != message.offered:
                 raise CheckpointMismatch(f"its run state is not that of version {message.offered} of {message.tag}")
+            if self._is_halted_at(loop):
+                raise CheckpointMismatch(
+                    f"version {message.offered} is void; remove it, and an earlier one can be offered"
+                )
         except CheckpointMismatch as error:
             reason = f"the checkpoint that peer {name} offers cannot be used: {error}"
             self._roster.refuse(name, message, "CheckpointMismatch", reason, tag=message.tag)
@@ -246,7 +262,9 @@ class OuterLoops:
         ours = (self._roster.generation, self._run.serial)
         foreign = theirs > ours  # of a journal that this coordinator does not have
         generation = above(offer.state.generation) if foreign else self._roster.generation
-        reason = f"checkpoint of version {offer.version} offered by {offer.name}"
+        halted = loop is not None and loop.halted
+        void = f"; version {before} of {tag} is void" if halted else ""
+        reason = f"checkpoint of version {offer.version} offered by {offer.name}{void}"
         self._roster.record(Restored(state=offer.state, generation=generation, reason=reason))
         self._roster.emit(
             "run.rolled_back" if before > offer.version else "run.resumed",
@@ -256,6 +274,8 @@ class OuterLoops:
             versions_lost=max(0, before - offer.version),
             tokens_lost=max(0, int(tokens - offer.state.tokens)),
         )
+        if halted:
+            self._roster.emit("parity.voided", tag=tag, version=before, peer=offer.name)
         if foreign:
             self._roster.record(Opened(generation=self._roster.generation + 1))
             self._roster.broadcast(self._roster.stamp(Represent))
@@ -314,6 +334,7 @@ class OuterLoops:
         if loop is None or message.version < 0 or newest < 0:
             return False
         if loop.halted:
+            self._roster.members[name].entered.add(message.tag)  # it is in the loop, until it says that it has left
             self._roster.refuse(name, message, "ParityError", loop.halted, tag=message.tag)
             return False
         if self._is_void(loop, message, newest):
@@ -459,7 +480,7 @@ class OuterLoops:
             return ""
         right = claims.proven()
         if not right:
-            self._halt(tag, claims)
+            self._halt(tag, fragment, claims)
         return right
 
     def recomputed(self, name: str, message: Recomputed, now: float) -> None:
@@ -483,16 +504,21 @@ class OuterLoops:
         self.rounds.disqualify(name, tag, fragment, now)
         self.send_base(name, tag, fragment)
 
-    def _halt(self, tag: str, claims: Claims) -> None:
+    def _halt(self, tag: str, fragment: int, claims: Claims) -> None:
         """Nobody can say what the state is: better to stop than to train on."""
-        loop = self.loops[tag]
         held = ", ".join(f"{name} holds {state_hash}" for name, state_hash in sorted(claims.claimed.items()))
-        loop.halted = f"{tag}: no majority and no proof for version {claims.version}: {held}; resume from a checkpoint"
+        undecided = f"{tag}: no majority and no proof for version {claims.version}: {held}"
+        reason = f"{undecided}; when all have left the loop, enter with a checkpoint of an earlier version"
+        self._roster.record(Halted(tag=tag, fragment=fragment, version=claims.version, reason=reason))
         self._roster.emit("parity.undecided", tag=tag, version=claims.version, held=dict(claims.claimed))
         self.rounds.discard(tag)
+        self._offers.pop(tag, None)  # they may be of that version
+        self._vacant.pop(tag, None)
+        self._entering.pop(tag, None)
+        refused = self._roster.stamp(Refused, error="ParityError", reason=reason, tag=tag)
         for name, state in self._roster.members.items():
             if tag in state.entered:
-                self._roster.send(name, self._roster.stamp(Refused, error="ParityError", reason=loop.halted, tag=tag))
+                self._roster.send(name, refused)
 
     def disputed(self, tag: str, fragment: int) -> bool:
         """Whether claims about the newest version differ: the next round waits for the decision."""
@@ -543,8 +569,8 @@ class OuterLoops:
     # --- durable state ----------------------------------------------------------------------------------------------
 
     def apply_founded(self, record: LoopFounded) -> None:
-        before = self.loops.get(record.tag)
-        loop = self.loops[record.tag] = Loop(record.spec, rounds=before.rounds if before else 0)
+        before = self.loops.get(record.tag, Loop(record.spec))
+        loop = self.loops[record.tag] = Loop(record.spec, rounds=before.rounds, void=before.void)
         loop.versions[record.fragment] = 0
         loop.hashes[record.fragment, 0] = record.state_hash
 
@@ -557,10 +583,21 @@ class OuterLoops:
             loop.digests[record.fragment, record.version] = record.digest
             loop.digests.pop((record.fragment, record.version - KEPT_COMMITS), None)
 
+    def apply_halted(self, record: Halted) -> None:
+        loop, at = self.loops[record.tag], (record.fragment, record.version)
+        loop.halted = record.reason
+        loop.void[record.fragment] = (record.version, loop.digests.get(at, ""))
+
+    def _is_halted_at(self, state: LoopState) -> bool:
+        """Whether a fragment of it is the version of which nobody could say what it is."""
+        void = self.loops[state.tag].void if state.tag in self.loops else {}
+        return any(void.get(f) == (version, state.digests.get(f, "")) for f, version in state.versions.items())
+
     def apply_restored(self, states: tuple[LoopState, ...]) -> None:
         for each in states:
-            before = self.loops.get(each.tag)
-            loop = self.loops[each.tag] = Loop(each.spec, rounds=max(each.rounds, before.rounds if before else 0))
+            before = self.loops.get(each.tag, Loop(each.spec))
+            loop = self.loops[each.tag] = Loop(each.spec, rounds=max(each.rounds, before.rounds), void=before.void)
+            loop.halted = before.halted if self._is_halted_at(each) else ""
             loop.versions.update(each.versions)
             loop.hashes.update({(f, each.versions[f]): held for f, held in each.hashes.items() if held})
             loop.digests.update({(f, each.versions[f]): led_to for f, led_to in each.digests.items()})

@@ -27,6 +27,7 @@ from .journal import (
     Committed,
     DatasetRegistered,
     Departed,
+    Halted,
     Leased,
     LoopFounded,
     Opened,
@@ -346,6 +347,8 @@ class Membership:
                 self.outer.apply_founded(record)
             case Committed():
                 self._apply_committed(record)
+            case Halted():
+                self.outer.apply_halted(record)
             case Restored():
                 self._apply_restored(record)
             case Targeted():
