@@ -195,9 +195,9 @@ class OuterLoops:
             if state.run != self._roster.run or loop is None or loop.versions.get(message.fragment) != message.offered:
                 raise CheckpointMismatch(f"its run state is not that of version {message.offered} of {message.tag}")
             if self._is_halted_at(loop):
-                raise CheckpointMismatch(
-                    f"version {message.offered} is void; remove it, and an earlier one can be offered"
-                )
+                if self.holders(message.tag, message.fragment):
+                    return True  # it is given what they hold
+                raise CheckpointMismatch(f"version {message.offered} is void; remove it to offer an earlier one")
         except CheckpointMismatch as error:
             reason = f"the checkpoint that peer {name} offers cannot be used: {error}"
             self._roster.refuse(name, message, "CheckpointMismatch", reason, tag=message.tag)

@@ -179,6 +179,7 @@ def test_what_nobody_could_decide_is_void_for_good() -> None:
     all_gone(world)
     assert come(world, "b", void).refusals[0].error == "CheckpointMismatch"
     assert come(world, "a", kept).mode == "training"
+    assert come(world, "c", void).mode == "training", "it is given what is held, whatever it has"
     all_gone(world)  # before another round is committed
     refused = come(restarted(world), "b", void).refusals[0]
     assert refused.error == "CheckpointMismatch" and f"version {void.version} is void" in refused.reason
