@@ -179,8 +179,8 @@ class OuterLoops:
         if self._wait_for_offers(name, message, now):
             return
         loop = self.loops[message.tag]
-        unheld = loop.halted or f"no living peer holds version {loop.versions[message.fragment]} of {message.tag}"
-        reason = f"{unheld}; no checkpoint was offered"
+        unheld = f"no living peer holds version {loop.versions[message.fragment]} of {message.tag}"
+        reason = f"{loop.halted or unheld}, and no checkpoint was offered"
         self._roster.refuse(name, message, "NoSource", reason, tag=message.tag)
 
     def _take_offer(self, name: str, message: Enter) -> bool:
