@@ -37,7 +37,7 @@ from collectives.records import LinkFailure, Member
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import identity, packed
 from elastic.journal import Journal
-from elastic.membership import Effect, Membership, Persist
+from elastic.membership import Membership
 from elastic.messages import (
     FROM_COORDINATOR,
     FROM_PEERS,
@@ -63,6 +63,7 @@ from elastic.messages import (
     decode,
     encode,
 )
+from elastic.roster import Effect, Persist
 
 RUN, TAG = "benchmark", "outer"
 SPEC = OperationSpec(op="mean", dtype="float32", elements=1 << 28, wire="f32", algorithm="diloco")

@@ -20,7 +20,7 @@ from .config import JoinToken, RunPolicy, Timeouts, check_coordinator, check_nam
 from .errors import ConfigurationError
 from .events import EventLog
 from .journal import Journal
-from .membership import Effect, Emit, Membership, Persist, Send
+from .membership import Membership
 from .messages import (
     FROM_PEERS,
     MAX_MESSAGE_BYTES,
@@ -32,6 +32,7 @@ from .messages import (
     encode,
 )
 from .recovery import Recovery
+from .roster import Effect, Emit, Persist, Send
 
 BATCH = 1000
 

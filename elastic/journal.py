@@ -108,6 +108,17 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Halted:
+    """Nobody can say what this version of the loop's state is. It is void, and the loop stands until it is Restored to
+    an earlier one."""
+
+    tag: str
+    fragment: int
+    version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """The run goes on from `state`, which a checkpoint held or the peers of a lost coordinator brought together.
 
@@ -139,7 +150,7 @@ class Reached:
 
 Record = (
     Opened | Admitted | Departed | DatasetRegistered | StreamEnded | Leased | Released | LoopFounded | Committed
-    | Restored | Targeted | Reached
+    | Halted | Restored | Targeted | Reached
 )  # fmt: skip
 RECORDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Record)}
 

@@ -23,8 +23,8 @@ from collectives.records import Member
 
 from .errors import CheckpointMismatch
 from .journal import Admitted, Leased, Record, Restored
-from .membership import Effect, Send
 from .messages import Join, Message, Refused, Represent
+from .roster import Effect, Send
 from .runstate import RunState, above
 
 RIVALS = 1 << 16

@@ -1,7 +1,7 @@
 """One operation on its way from the first proposal to a commit, and the pure rules of a round.
 
 An operation gathers proposals, runs attempts, and, when an attempt fails, waits until every member of it has answered
-or is lost before the next begins. `Operation` is the account; what to do next is decided in `membership`.
+or is lost before the next begins. `Operation` is the account; what to do next is decided in `deciding`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collectives.records import LinkFailure, Member, Start
 from .messages import OperationSpec, Propose
 
 Pair = frozenset[str]
+KEPT_COMMITS = 8  # of each tag, to be told again; as many versions behind, a result may still be asked for
 
 
 class Phase(Enum):
@@ -109,6 +110,15 @@ def compared(spec: OperationSpec) -> tuple[str, ...]:
     """The fields of a spec in which all members of its operation must agree."""
     fields = ("algorithm", "op", "root", "dtype", "elements", "shape", "wire", "gather_wire", "carried", "fingerprint")
     return tuple(field for field in fields if not (field == "elements" and spec.op == "all_gather"))
+
+
+def difference(tag: str, name: str, ours: OperationSpec, theirs: OperationSpec) -> str:
+    """Rule 10: the first difference between what the run does and what this peer wants; "" if there is none."""
+    for what in compared(ours):
+        if getattr(ours, what) != getattr(theirs, what):
+            values = f"{getattr(ours, what)!r} in the run, {getattr(theirs, what)!r} on peer {name}"
+            return f"{tag}: {what} differs: {values}"
+    return ""
 
 
 def executed(spec: OperationSpec) -> str:

@@ -110,6 +110,14 @@ def _drift(world: World, peer: SimPeer, number: int) -> None:
     world.corrupt(peer, lasting=number % 4 == 3)
 
 
+def _begin_again(world: World, peer: SimPeer, number: int) -> None:
+    """Whoever was told that nobody can say what the state is leaves, and comes back with its checkpoint."""
+    for each in list(world.peers.values()):
+        if each.running and each.mode == "stopped":
+            world.act(each, "leave")
+            world.start(each.name)
+
+
 def _black_out(world: World, peer: SimPeer, number: int) -> None:
     """Everything dies; as many peers as the number says come back."""
     world.black_out(journal=number % 2 == 0)
@@ -155,7 +163,7 @@ ACTIONS: dict[str, Action] = {
 }
 TROUBLES: dict[str, dict[str, Action]] = {
     "": {},
-    "drift": {"drift": _drift},
+    "drift": {"drift": _drift, "begin again": _begin_again},
     "black out": {"black out": _black_out},
     "rivals": {
         "recover": _recover,
@@ -214,7 +222,7 @@ SCENARIOS = {
         Scenario("two epochs", data=SimData(epochs=2), ahead=2, often=("train", "reset")),
         Scenario("short stream", data=SimData(epochs=2, stream=18), often=("train",)),
         Scenario("long stream", "ab", warm=False, data=SimData(epochs=2, stream=31), ahead=3, often=("train", "turn")),
-        Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train")),
+        Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),
         Scenario("all at once", "abcd", trouble=("drift", "black out", "rivals"), often=("turns", "save")),
@@ -248,6 +256,10 @@ def finish(world: World) -> World:
     target = world.ledger.version + KEPT
     alive = world.run_until(lambda: world.over(target))
     assert alive, "nothing is in the way, and yet no round is committed"
+    if world.ledger.halted:
+        _begin_again(world, next(iter(world.peers.values())), 0)
+        world.run_until(lambda: not world.ledger.halted, turns=40)
+        assert world.run_until(lambda: world.over(target)), "all have left and come back, and the loop still stands"
     world.check_replay()
     assert world.run_until(world.agreed, turns=50), "peers train on from different states"
     world.check_truth()

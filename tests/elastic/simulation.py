@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from collectives.records import Identity, LinkFailure, Member, Start
 from elastic.audit import audit
 from elastic.config import RunPolicy, Timeouts
-from elastic.journal import Committed, Departed, LoopFounded, Opened, Record, Restored
-from elastic.membership import Emit, Membership, Persist, Send
+from elastic.journal import Committed, Departed, Halted, LoopFounded, Opened, Record, Restored
+from elastic.membership import Membership
 from elastic.messages import (
     STREAM,
     Applied,
@@ -57,6 +57,7 @@ from elastic.messages import (
     Withdraw,
 )
 from elastic.recovery import Recovery
+from elastic.roster import Emit, Persist, Send
 from elastic.runstate import LINEAGE, RunState
 from elastic.shards import Layout, ShardReader, Stretch
 
@@ -120,7 +121,8 @@ def durable(membership: Membership) -> str:
         sorted((name, state.member, state.site, state.life) for name, state in membership.members.items()),
         sorted(membership.lives.items()),
         sorted(membership.retired.items()),
-        sorted((tag, loop.spec, loop.versions, loop.rounds) for tag, loop in membership.loops.items()),
+        sorted((tag, loop.spec, loop.versions, loop.rounds, loop.halted, loop.void)
+               for tag, loop in membership.loops.items()),
         table and (sorted(table.holders.items()), sorted(table.cursors.items()), sorted(table.free), table.next,
                    table.committed),
         membership.tokens, membership.epoch, membership.serial,
@@ -646,7 +648,7 @@ class Ledger:
 
     truth: the state that the newest version comes to when every peer computes it right. history: the account as of each
     durable decision, by its serial. offers: checkpoints that members have offered. recalled: what peers told a
-    coordinator that rebuilds the run. halted: nobody could say what the state is.
+    coordinator that rebuilds the run. halted: nobody could say what the state is. void: the digests that led to such.
     """
 
     version: int = -1
@@ -657,6 +659,7 @@ class Ledger:
     generation: int = 0
     truth: str = ""
     halted: bool = False
+    void: set[str] = field(default_factory=set)
     cursors: Counter[int] = field(default_factory=Counter)
     samples: Counter[tuple[int, int]] = field(default_factory=Counter)
     history: dict[int, Account] = field(default_factory=dict)
@@ -768,6 +771,10 @@ class Ledger:
         samples, cursors = frozenset(self.samples), dict(self.cursors)
         self.history[self.serial] = Account(self.version, self.tokens, cursors, samples, self.truth)
 
+    def is_void(self, offer: Checkpoint) -> bool:
+        loop = run_state(offer.state).loop(OUTER)
+        return loop is not None and loop.digests[0] in self.void
+
     def check(self, state: RunState) -> Account:
         """Whether this run state says exactly what the account says; returns the account as of then."""
         account = self.history[state.serial]
@@ -783,6 +790,7 @@ class Ledger:
         """What was committed after it is void: its samples count again, its rounds keep their numbers."""
         state = record.state
         loop = state.loop(OUTER)
+        assert not (loop and loop.digests[0] in self.void), "the run goes on from what nobody could say what it is"
         self.serial = max(self.serial, state.serial) + 1
         self.round = max(self.round, loop.rounds if loop else 0)
         self.version, self.tokens, self.truth = account.version, account.tokens, account.truth
@@ -791,6 +799,12 @@ class Ledger:
         self.halted = False
         self.claims.clear()
         self.note()
+
+    def halt(self, record: Halted) -> None:
+        assert record.version == self.version and not self.halted
+        self.halted = True
+        self.void.add(self.digests[record.version])
+        self.offers.clear()
 
     def founded(self, record: LoopFounded) -> None:
         assert self.version <= 0, "committed rounds were thrown away"
@@ -904,7 +918,6 @@ class World:
 
     def _open(self, host: Host, records: list[Record]) -> None:
         host.membership = Membership(RUN, self.policy, TIMES)
-        host.ledger.halted = False
         host.ledger.offers.clear()
         for incarnation in host.ledger.heard:
             host.ledger.heard[incarnation] = self.now
@@ -1002,6 +1015,8 @@ class World:
                 ledger.offers.pop(record.incarnation, None)
             case LoopFounded():
                 ledger.founded(record)
+            case Halted():
+                ledger.halt(record)
             case Restored():
                 self._restored(record, host)
 
@@ -1016,8 +1031,6 @@ class World:
 
     def _emitted(self, effect: Emit, host: Host) -> None:
         self.events.append((effect.event, effect.fields))
-        if effect.event == "parity.undecided":
-            host.ledger.halted = True
         if effect.event == "parity.mismatch" and "held" in effect.fields:
             self._check_repair(effect.fields, host)
 
@@ -1126,7 +1139,8 @@ class World:
             ledger.offers.pop(message.incarnation, None)
             if message.offered >= 0:
                 offer = Checkpoint(message.offered, message.offered_hash, message.state, "")
-                ledger.offers[message.incarnation] = offer
+                if not ledger.is_void(offer):
+                    ledger.offers[message.incarnation] = offer
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
@@ -1388,17 +1402,16 @@ class World:
     def over(self, target: int) -> bool:
         """Whether the run has come to that version, or cannot: nobody has a state that it could go on from, or nobody
         can say what the state is."""
-        if self.ledger.halted:
-            lives = (
-                {state.member.incarnation for state in self.membership.members.values()} if self.membership else set()
-            )
-            return not any(p.running and p.mode == "training" and p.incarnation in lives for p in self.peers.values())
         members = self.membership.members if self.membership else {}
         able = [
             peer for peer in self.peers.values() if peer.running and not peer.stuck and peer.mode != "stopped"
             and (peer.name not in members or members[peer.name].member.incarnation == peer.incarnation)
         ]  # fmt: skip
-        nothing = not any(peer.newest() for peer in able)
+        offers = [offer for peer in able if (offer := peer.newest()) and not self.ledger.is_void(offer)]
+        if self.ledger.halted:
+            training = [peer for peer in able if peer.mode == "training" and peer.name in members]
+            return not offers and not training
+        nothing = not offers
         refused = any(refused.error == "NoSource" for peer in self.peers.values() for refused in peer.refusals)
         return self.ledger.version >= target or (self.ledger.version > 0 and nothing and refused)
 

@@ -42,7 +42,7 @@ def cut(run: Run, *pairs: str) -> None:
     """The coordinator takes these pairs of peers for cut, for longer than any test."""
     assert run.coordinator is not None
     for pair in pairs:
-        run.coordinator._membership.cuts[frozenset((f"p{pair[0]}", f"p{pair[1]}"))] = float("inf")
+        run.coordinator._membership.rounds.cuts[frozenset((f"p{pair[0]}", f"p{pair[1]}"))] = float("inf")
 
 
 # --- reductions -------------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_an_error_of_the_state_machine_is_an_event_and_not_the_end(run: Run, mon
     peer = run.join("p0")
     assert run.coordinator is not None
     membership = run.coordinator._membership
-    monkeypatch.setattr(membership, "_exit", lambda *_: 1 / 0)
+    monkeypatch.setattr(membership.outer, "exit", lambda *_: 1 / 0)
     peer.send(Exit(run="test", tag="outer"))
     until(lambda: run.coordinator is not None and run.coordinator.statistics().refused == 1)
     refused = [event for event in EventReader(run.folder / "coordinator.jsonl").read() if "refused" in event["event"]]

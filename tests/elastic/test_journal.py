@@ -14,7 +14,18 @@ import pytest
 
 from collectives.records import Member
 from elastic.errors import ConfigurationError
-from elastic.journal import Admitted, Committed, Departed, Journal, Leased, LoopFounded, Opened, Record, read_copy
+from elastic.journal import (
+    Admitted,
+    Committed,
+    Departed,
+    Halted,
+    Journal,
+    Leased,
+    LoopFounded,
+    Opened,
+    Record,
+    read_copy,
+)
 from elastic.messages import OperationSpec
 
 SPEC = OperationSpec(op="mean", dtype="float32", elements=8, wire="f32")
@@ -25,6 +36,7 @@ SOME: list[Record] = [
     Leased(name="a", shards=(0, 3)),
     Committed(tag="outer", round=0, attempt=0, fragment=0, version=1, contributors=("a",), cursors={0: 2, 3: 1},
               tokens=3.0, digest="d"),
+    Halted(tag="outer", fragment=0, version=1, reason="nobody can say"),
     Departed(name="a", incarnation=1 << 62, reason="left"),
 ]  # fmt: skip
 

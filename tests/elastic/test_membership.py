@@ -15,7 +15,8 @@ from collectives.records import LinkFailure, Member
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
 from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded, Targeted
-from elastic.membership import Membership, Offer, Send
+from elastic.loops import Offer
+from elastic.membership import Membership
 from elastic.messages import (
     STREAM,
     Applied,
@@ -45,6 +46,7 @@ from elastic.messages import (
     StatusRequest,
     Withdraw,
 )
+from elastic.roster import Send
 from elastic.runstate import RunState
 
 # --- how the stories are told ---------------------------------------------------------------------------------------
@@ -222,9 +224,9 @@ def test_a_first_break_is_redialled_a_second_is_a_cut() -> None:
         for peer, other in ((peers["a"], peers["b"]), (peers["b"], peers["a"])):
             lost = LinkFailure(peer=other.name, incarnation=other.incarnation, evidence="eof")
             world.act(peer, "failed", peer.slots[OUTER], (lost,))
-        assert not world.membership.cuts  # type: ignore[union-attr]
+        assert not world.membership.rounds.cuts  # type: ignore[union-attr]
     talk(world)
-    assert set(world.membership.cuts) == {frozenset("ab")}  # type: ignore[union-attr]
+    assert set(world.membership.rounds.cuts) == {frozenset("ab")}  # type: ignore[union-attr]
 
 
 def test_a_silent_contributor_costs_the_round_not_the_membership() -> None:
@@ -845,7 +847,7 @@ def test_a_note_about_an_outer_loop_is_no_commit() -> None:
     world, peers = training("ab")
     note = CommitNote(tag=OUTER, round=9, attempt=0, digest="x", contributors=("a",))
     tell(world, peers["a"], Join, member=peers["a"].member, site="here", commits=(note,))
-    assert OUTER not in world.membership.commits  # type: ignore[union-attr]
+    assert OUTER not in world.membership.rounds.commits  # type: ignore[union-attr]
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -1012,7 +1014,7 @@ def test_two_contributions_that_claim_the_same_samples_are_found() -> None:
     operation = world.membership.operations[OUTER]  # type: ignore[union-attr]
     operation.proposals["b"] = replace(operation.proposals["b"], cursors={0: 2}, starts={0: 0})
     assert world.membership is not None
-    world.membership._decide(operation, digest="d", contributors=("a", "b"), now=world.now)
+    world.membership.rounds._decide(operation, digest="d", contributors=("a", "b"), now=world.now)
     report = world.membership.audit()
     assert (report.committed, report.twice, report.passed) == (2, 2, False)
 
@@ -1299,7 +1301,7 @@ def test_who_is_behind_with_nobody_ahead_is_asked_for_what_it_has() -> None:
     train_a_round(world, *peers.values())
     membership = world.membership
     assert membership is not None
-    membership.commits.clear()
+    membership.rounds.commits.clear()
     for name in "ab":
         membership.members[name].held.clear()
     (answer,) = tell(world, peers["a"], Applied, tag=OUTER, fragment=0, version=0, state_hash=peers["a"].before)
@@ -1314,8 +1316,8 @@ def test_a_checkpoint_of_another_line_with_the_same_figures_is_not_the_last_deci
     membership = world.membership
     assert membership is not None
     offer = Offer("x", 1, 1, other.state_hash, RunState.from_bytes(other.state))
-    assert not membership._is_newest(offer, OUTER, 0)
-    assert membership._is_newest(replace(offer, state=state), OUTER, 0)
+    assert not membership.outer._is_newest(offer, OUTER, 0)
+    assert membership.outer._is_newest(replace(offer, state=state), OUTER, 0)
 
 
 def test_the_checkpoint_of_one_that_drifted_is_outvoted() -> None:
@@ -1325,10 +1327,10 @@ def test_the_checkpoint_of_one_that_drifted_is_outvoted() -> None:
     membership = world.membership
     assert membership is not None
     state = RunState.from_bytes(kept.state)
-    membership._offers[OUTER] = {
+    membership.outer._offers[OUTER] = {
         name: Offer(name, 1, 1, held, state) for name, held in (("a", "x"), ("b", "x"), ("z", "drifted"))
     }
-    best = membership._best_offer(OUTER, 0)
+    best = membership.outer._best_offer(OUTER, 0)
     assert best is not None and best.state_hash == "x"
 
 
@@ -1339,7 +1341,7 @@ def test_an_offer_goes_with_its_peer() -> None:
     back = offered(fresh, "a", kept)
     fresh.act(back, "leave")
     talk(fresh, back)
-    assert fresh.membership is not None and not any(fresh.membership._offers.values())
+    assert fresh.membership is not None and not any(fresh.membership.outer._offers.values())
 
 
 def test_what_was_read_under_a_lease_that_is_lost_does_not_count() -> None:

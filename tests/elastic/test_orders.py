@@ -33,7 +33,7 @@ SEEN = {
     "cold": {"loop.founded", "peer.evicted", "run.rolled_back"},
     "warm": {"round.shrunk", "round.aborted", "link.cut", "peer.recovered", "run.rolled_back"},
     "hidden": {"direct sum", "ring sum", "tree sum", "tree broadcast", "direct all_gather"},
-    "drift": {"parity.mismatch", "parity.undecided"},
+    "drift": {"parity.mismatch", "parity.undecided", "parity.voided"},
     "black out": {"run.resumed", "run.rolled_back"},
     "rivals": {"rebuilt by a majority", "rebuilt by a person's word", "peer.led_back", "went on beside a higher line"},
 }

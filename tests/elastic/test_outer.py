@@ -15,8 +15,10 @@ import pytest
 import torch
 from harness import Run, until
 
+from elastic.checkpoints import Checkpoints
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import CheckpointMismatch, ConfigurationError, NotEnoughPeers, ParityError
+from elastic.events import EventReader
 from elastic.messages import Commit, DoneReport, Withdraw
 from elastic.outer.diloco import DiLoCo
 from elastic.outer.optimizers import SGD, Nesterov
@@ -530,6 +532,35 @@ def test_without_a_decision_the_run_stops_rather_than_train_on(run: Run) -> None
     (undecided,) = parity_events(run)
     assert undecided["held"].keys() == {"p0", "p1"} and all(h in str(errors[0]) for h in undecided["held"].values())
     assert run.coordinator is not None and run.coordinator.status().progress.rounds == 3
+
+
+def test_a_run_that_stopped_undecided_goes_on_from_a_checkpoint_from_before(run: Run) -> None:
+    """Coordinator and peers are new; what they have is the journal and checkpoints of every second version."""
+    run.policy = RunPolicy(min_peers=2, quorum=1.0, rounds=6)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=2.0, evict_after=30)
+    wrong = Wrong(3, always=True)
+
+    def train(peer: Peer, outer: Any) -> tuple[int, str]:
+        model, where = Quadratic(target_of(peer)), Checkpoints(str(run.folder / f"of-{peer.name}"), every=2)
+        inner = inner_of(model)
+        with DiLoCo(model, inner, peer, sync_every=3, outer=outer, checkpoints=where) as loop:
+            while not loop.finished:
+                steps(model, inner, 1)
+        return loop.version.number, loop.version.state_hash
+
+    def stop(peer: Peer) -> None:
+        with pytest.raises(ParityError, match="enter with a checkpoint of an earlier version"):
+            train(peer, wrong if peer.name == "p1" else Nesterov())
+        peer.leave()
+
+    run.together(stop, run.several(2))
+    assert run.coordinator is not None
+    run.coordinator.close()
+    run.open()
+    ends = run.together(lambda peer: train(peer, Nesterov()), [run.join(name) for name in ("p0", "p1")])
+    assert ends[0] == ends[1] and ends[0][0] == 5, "six rounds, of which the third is void"
+    told = {event["event"]: event.get("version") for event in EventReader(run.folder / "coordinator.jsonl").read()}
+    assert (told["parity.undecided"], told["run.rolled_back"], told["parity.voided"]) == (3, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 from collectives.records import Member
 from elastic.config import RunPolicy, Timeouts
 from elastic.journal import Admitted, Leased, Restored
-from elastic.membership import Membership, Send
+from elastic.membership import Membership
 from elastic.messages import Heartbeat, Join, OperationSpec, PeerStatus, Refused, Represent
 from elastic.recovery import Recovery
+from elastic.roster import Send
 from elastic.runstate import LINEAGE, DataState, LoopState, RunState
 
 RUN = "run"
