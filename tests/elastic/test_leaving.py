@@ -60,7 +60,7 @@ class Script:
 
 def test_who_drains_gives_what_it_has_learned_and_its_shards_go_to_others_at_once(run: Run) -> None:
     run.policy = RunPolicy(quorum=1.0)
-    scripts = [Script(peer, sync_every=10_000) for peer in run.several(2)]
+    scripts = [Script(peer, sync_every=10**9) for peer in run.several(2)]
     with ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(script) for script in scripts]
         until(lambda: all(len(script.samples) > 100 for script in scripts))
@@ -80,7 +80,7 @@ def test_who_drains_gives_what_it_has_learned_and_its_shards_go_to_others_at_onc
 
 
 def test_a_script_may_leave_from_inside_its_own_loop(run: Run) -> None:
-    script = Script(run.join("p0"), sync_every=10_000)
+    script = Script(run.join("p0"), sync_every=10**9)
 
     def leave() -> None:
         if len(script.samples) == 50:
@@ -101,7 +101,7 @@ peer = elastic.Peer(sys.argv[1], run="test", name="p1", sigterm_deadline=float(s
 model = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.zeros_(model.weight)
 inner = torch.optim.SGD(model.parameters(), lr=1e-9)
-with elastic.DiLoCo(model, inner, peer, sync_every=10_000) as loop:
+with elastic.DiLoCo(model, inner, peer, sync_every=10**9) as loop:
     for batch in peer.shards(torch.arange(2000.0), batch_size=5, shard_size=20):
         model(batch[:, None]).sum().backward()
         inner.step()
