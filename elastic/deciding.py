@@ -345,15 +345,9 @@ class Rounds:
             if commit.round == message.round:
                 self._roster.send(name, self._renewed(commit))
                 return
-        abort = Abort(
-            run=self._roster.run,
-            generation=self._roster.generation,
-            epoch=self._roster.epoch,
-            tag=message.tag,
-            round=message.round,
-            attempt=message.attempt,
-            reason="the round went on without this peer",
-        )
+        reason = "the round went on without this peer"
+        number = {"tag": message.tag, "round": message.round, "attempt": message.attempt}
+        abort = self._roster.stamp(Abort, **number, reason=reason)
         self._roster.send(name, self._roster.stamp(Cancel, abort=abort))
 
     def failed(self, name: str, message: FailedReport, now: float) -> None:

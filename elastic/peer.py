@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 KEPT_NOTES = 256
+SIGTERM_SECONDS = 25.0
 OPS = ("sum", "mean", "min", "max")
 
 Result = TypeVar("Result")
@@ -265,7 +266,7 @@ class Peer:
         events_dir: Path | str | None = None,
         observe: Callable[[Progress], None] | None = None,
         join_timeout: float = 30.0,
-        sigterm_deadline: float = 25.0,
+        sigterm_deadline: float = SIGTERM_SECONDS,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         env = environment()
@@ -295,14 +296,16 @@ class Peer:
         self._sigterm: Any = None
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
-        folder = events_dir or env.get("ELASTIC_EVENTS_DIR")
-        self.events = EventLog(Path(folder) / f"{self.name}.jsonl" if folder else None, run=self.run, peer=self.name)
+        self.events = self._event_log(events_dir or env.get("ELASTIC_EVENTS_DIR"), self.name)
         self._reserve = Reserve()
         links = _link_options(options, stripes, env)
         self.group = _group(self, where.coordinator, listen, advertise, links, observe, env)
         self._control = self._connect(where.coordinator)
         self._join(where.coordinator, join_timeout)
         self._drain_on_sigterm(sigterm_deadline)
+
+    def _event_log(self, folder: Path | str | None, writer: str) -> EventLog:
+        return EventLog(Path(folder) / f"{writer}.jsonl" if folder else None, run=self.run, peer=self.name)
 
     def _connect(self, coordinator: str) -> Control:
         return Control(

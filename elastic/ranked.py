@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import update_wrapper
-from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
@@ -13,9 +12,8 @@ import torch.distributed as dist
 from .config import Timeouts, environment
 from .data import Data
 from .errors import TransportError
-from .events import EventLog
 from .messages import Message, RunProgress
-from .peer import Peer, PeerView, Reduced, Work
+from .peer import SIGTERM_SECONDS, Peer, PeerView, Reduced, Work
 from .ranks import Ranks
 
 PATIENCE = 1800.0  # seconds that ranks wait for each other at the least: a step, or a round, can be long
@@ -78,9 +76,8 @@ class RankedPeer(Peer):
         self.when_idle, self.when_leaving, self.recomputes = [], [], {}
         self.data = Data(self)
         folder = options.get("events_dir") or environment().get("ELASTIC_EVENTS_DIR")
-        path = Path(folder) / f"{self.name}.rank{self.ranks.rank}.jsonl" if folder else None
-        self.events = EventLog(path, run=self.run, peer=self.name)
-        self._drain_on_sigterm(options.get("sigterm_deadline", 25.0))
+        self.events = self._event_log(folder, f"{self.name}.rank{self.ranks.rank}")
+        self._drain_on_sigterm(options.get("sigterm_deadline", SIGTERM_SECONDS))
 
     # --- what all ranks see alike -------------------------------------------------------------------------------------
 
@@ -131,7 +128,7 @@ class RankedPeer(Peer):
 
     def leave(self, *, drain: bool = True, timeout: float = 30.0) -> None:
         """As for one process. With drain, a call of all ranks; without, each rank's own, and the others are told."""
-        if self.closed or not drain:
+        if self._fatal is not None or not drain:
             self._leave_alone()
             return
         try:
@@ -146,10 +143,6 @@ class RankedPeer(Peer):
         self.close()
 
     # --- each rank's own ----------------------------------------------------------------------------------------------
-
-    @property
-    def closed(self) -> bool:
-        return self._fatal is not None
 
     @property
     def draining(self) -> bool:

@@ -32,7 +32,7 @@ Move = Callable[[torch.Tensor], torch.Tensor]  # sends what is in it, or fills i
 class Alone:
     """A peer of one process: it meets nobody, and all that `Ranks` does costs nothing."""
 
-    rank, size, leads = 0, 1, True
+    size, leads = 1, True
 
     def together(self, label: str, lead: Callable[[], Result]) -> Result:
         return lead()
@@ -66,9 +66,6 @@ class Alone:
 
     def share(self, items: list[Any]) -> list[Any]:
         return items
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,22 +69,22 @@ class Local:
 
     def _parts(self) -> dict[str, Any]:
         """The optimizer's state with this rank's part of what is sharded."""
-        whole = self._inner.state_dict()
-        state = {index: {name: _part(value) for name, value in each.items()} for index, each in whole["state"].items()}
-        return whole | {"state": state}
+        return self._changed(self._inner.state_dict(), _part)
 
     def _load(self, inner: dict[str, Any]) -> None:
-        if self._sharded:
-            parameters = self._parameters()
-            state = {
-                index: {name: _joined(value, parameters[index]) for name, value in each.items()}
-                for index, each in inner["state"].items()
-            }
-            inner = inner | {"state": state}
-        self._inner.load_state_dict(inner)
+        self._inner.load_state_dict(self._changed(inner, _joined) if self._sharded else inner)
+
+    def _changed(self, inner: dict[str, Any], change: Callable[[Any, torch.Tensor], Any]) -> dict[str, Any]:
+        """With what is kept of each parameter changed."""
+        parameters = self._parameters()
+        state = {
+            index: {name: change(value, parameters[index]) for name, value in each.items()}
+            for index, each in inner["state"].items()
+        }
+        return inner | {"state": state}
 
 
-def _part(value: Any) -> Any:
+def _part(value: Any, _: torch.Tensor) -> Any:
     return value.to_local() if isinstance(value, torch.Tensor) and is_sharded(value) else value
 
 

@@ -47,9 +47,7 @@ class Version:
     @classmethod
     def elsewhere(cls, number: int, state_hash: str) -> Version:
         """One that this process knows of, without its values."""
-        version = cls(number, torch.empty(0), torch.empty(0))
-        version.__dict__["state_hash"] = state_hash
-        return version
+        return cls(number, torch.empty(0), torch.empty(0))._hashed(state_hash)
 
     @classmethod
     def from_bytes(cls, number: int, data: bytearray | memoryview, state_hash: str) -> Version:
@@ -61,9 +59,11 @@ class Version:
             raise CheckpointMismatch(f"outer state of {len(data)} bytes is no pair of float32 vectors")
         flat = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
         half = flat.numel() // 2
-        version = cls(number, flat[:half], flat[half:])
-        version.__dict__["state_hash"] = state_hash  # where the cached property keeps it
-        return version
+        return cls(number, flat[:half], flat[half:])._hashed(state_hash)
+
+    def _hashed(self, state_hash: str) -> Version:
+        self.__dict__["state_hash"] = state_hash  # where the cached property keeps it
+        return self
 
 
 class Layout:
