@@ -39,9 +39,16 @@ if TYPE_CHECKING:
         TransportError,
         VersionMismatch,
     )
+    from .outer.cadence import Final, Late, Ramp, Seconds, Steps
+    from .outer.co2 import CO2
+    from .outer.decoupled import DecoupledDiLoCo
+    from .outer.delayed import DelayedDiLoCo
     from .outer.diloco import DiLoCo
     from .outer.engine import OuterLoop
-    from .outer.optimizers import SGD, Nesterov
+    from .outer.feedback import EF21, EControl, ErrorFeedback
+    from .outer.optimizers import SGD, Adam, HeavyBall, Nesterov
+    from .outer.streaming import StreamingDiLoCo
+    from .outer.weighting import Equal, FedBuff, FedFix, Throughput, Tokens
     from .peer import Finished, Gathered, Peer, PeerView, Reduced, Scattered, Work
 
 if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).parents[1]:
@@ -74,27 +81,47 @@ _HOMES = {
         ),
         "errors",
     ),
+    **dict.fromkeys(("Final", "Late", "Ramp", "Seconds", "Steps"), "outer.cadence"),
+    "CO2": "outer.co2",
+    "DecoupledDiLoCo": "outer.decoupled",
+    "DelayedDiLoCo": "outer.delayed",
     "DiLoCo": "outer.diloco",
     "OuterLoop": "outer.engine",
-    **dict.fromkeys(("SGD", "Nesterov"), "outer.optimizers"),
+    **dict.fromkeys(("EF21", "EControl", "ErrorFeedback"), "outer.feedback"),
+    **dict.fromkeys(("SGD", "Adam", "HeavyBall", "Nesterov"), "outer.optimizers"),
+    "StreamingDiLoCo": "outer.streaming",
+    **dict.fromkeys(("Equal", "FedBuff", "FedFix", "Throughput", "Tokens"), "outer.weighting"),
     **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
     "LinkOptions": "peer",
 }
 
 __all__ = [
+    "Adam",
     "AuthenticationFailed",
+    "CO2",
     "CheckpointMismatch",
     "Checkpoints",
     "CollectiveError",
     "ConfigurationError",
     "Coordinator",
     "CoordinatorUnavailable",
+    "DecoupledDiLoCo",
+    "DelayedDiLoCo",
     "DiLoCo",
+    "EControl",
+    "EF21",
     "ElasticError",
+    "Equal",
+    "ErrorFeedback",
     "Evicted",
+    "FedBuff",
+    "FedFix",
+    "Final",
     "Finished",
     "Gathered",
+    "HeavyBall",
     "JoinToken",
+    "Late",
     "LinkOptions",
     "MembershipError",
     "Nesterov",
@@ -104,13 +131,19 @@ __all__ = [
     "ParityError",
     "Peer",
     "PeerView",
+    "Ramp",
     "Reduced",
     "RoundAborted",
     "RunPolicy",
     "SGD",
     "Scattered",
+    "Seconds",
     "StateError",
+    "Steps",
+    "StreamingDiLoCo",
+    "Throughput",
     "Timeouts",
+    "Tokens",
     "TransferInterrupted",
     "TransportError",
     "VersionMismatch",

@@ -242,16 +242,24 @@ class Rounds:
             operation.opened_at = None
             return
         missing = expected - present
-        needed = rounds.quorum_count(len(expected), self._policy.quorum, self._policy.min_peers)
+        needed, grace = self._terms(operation, len(expected))
         draining = any(proposal.leaving for proposal in operation.proposals.values())
         if operation.opened_at is None and (draining or len(present) >= min(needed, len(expected))):
             operation.opened_at = now
             for name in missing:
                 self._roster.send(name, self._roster.stamp(Open, tag=operation.tag, round=operation.round))
-        grace_over = operation.opened_at is not None and now - operation.opened_at >= self._timeouts.grace
+        grace_over = operation.opened_at is not None and now - operation.opened_at >= grace
         if not missing or grace_over:
             self._absent.setdefault(operation.tag, set()).update(missing)
             self._begin_attempt(operation, present, now)
+
+    def _terms(self, operation: Operation, expected: int) -> tuple[int, float]:
+        """How many open the round, and for how many seconds it then waits: as the loop says, if it does."""
+        asked = operation.proposals.values()
+        quorum, graces = max((each.quorum for each in asked), default=0), [p.grace for p in asked if p.grace >= 0]
+        usual = rounds.quorum_count(expected, self._policy.quorum, self._policy.min_peers)
+        needed = max(quorum, self._policy.min_peers) if quorum else usual
+        return needed, min(graces, default=self._timeouts.grace)
 
     def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
         """Starts the next attempt with these peers' proposals; a round without any weight is skipped (rule 6)."""
@@ -519,7 +527,9 @@ class Rounds:
             version=version,
             contributors=contributors,
             **_merged(giving),
-            tokens=sum(proposal.weight for proposal in giving),
+            tokens=sum(proposal.counts for proposal in giving),
+            scale=rounds.mean_length(giving),
+            share=self._share(operation, contributors),
             digest=digest,
             skipped=skipped,
             elapsed=self._progress().elapsed,
@@ -531,6 +541,11 @@ class Rounds:
             self.note_commit(record)
         self._publish(operation, self.commits[operation.tag][-1])
         self._close(operation, now)
+
+    def _share(self, operation: Operation, contributors: tuple[str, ...]) -> float:
+        """Which part of those who train in the loop has contributed."""
+        training = {name for name, state in self._roster.members.items() if operation.tag in state.trains}
+        return rounds.float32(len(contributors) / max(1, len(training | {*contributors})))
 
     def _publish(self, operation: Operation, commit: Commit) -> None:
         commit = self._renewed(commit)
@@ -552,7 +567,7 @@ class Rounds:
             round=record.round,
             attempt=record.attempt,
             contributors=list(record.contributors),
-            tokens={n: int(operation.proposals[n].weight) for n in record.contributors if n in operation.proposals},
+            tokens={n: int(operation.proposals[n].counts) for n in record.contributors if n in operation.proposals},
             version=record.version,
             digest=record.digest,
             skipped=record.skipped,
@@ -655,6 +670,8 @@ class Rounds:
             progress=self._progress(),
             base_hash=loop.hashes.get((record.fragment, base), "") if loop else "",
             state=state,
+            scale=record.scale,
+            share=record.share,
         )
         self.commits.setdefault(record.tag, deque(maxlen=KEPT_COMMITS)).append(commit)
         self._rounds[record.tag] = max(self._rounds.get(record.tag, 0), record.round + 1)

@@ -78,19 +78,20 @@ class Released:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopFounded:
-    """Version 0 of an outer loop's state is this one."""
+    """Version 0 of an outer loop's state is this one. parameters: a line for each tensor in it."""
 
     tag: str
     spec: OperationSpec
     fragment: int
     state_hash: str
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """A round of an outer loop is final. tokens: sum of the contributors' weights. starts: as in Propose.
+    """A round of an outer loop is final. tokens: that it adds to the run. starts: as in Propose.
 
-    elapsed: of the run, in seconds.
+    elapsed: of the run, in seconds. scale, share: as in Commit.
     """
 
     tag: str
@@ -105,6 +106,8 @@ class Committed:
     skipped: bool = False
     elapsed: float = 0.0
     starts: dict[int, int] = field(default_factory=dict)
+    scale: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

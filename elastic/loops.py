@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Protocol
 
 from . import rounds
@@ -54,6 +55,7 @@ class Loop:
     digests: of the results that led to the latest versions. claims: of what the newest ones are.
     founders: lives that were told to begin with what they have. halted: why the loop cannot go on (durable).
     void: of each fragment, the last version that stayed undecided, and the digest that led to it (durable).
+    parameters: a line for each tensor of its state, if known (durable).
     """
 
     spec: OperationSpec
@@ -65,6 +67,7 @@ class Loop:
     claims: dict[int, Claims] = field(default_factory=dict)
     halted: str = ""
     void: dict[int, tuple[int, str]] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
 class OpenRounds(Protocol):
@@ -288,7 +291,11 @@ class OuterLoops:
             self._roster.send(name, nothing)
             return
         record = LoopFounded(
-            tag=message.tag, spec=message.spec, fragment=message.fragment, state_hash=message.state_hash
+            tag=message.tag,
+            spec=message.spec,
+            fragment=message.fragment,
+            state_hash=message.state_hash,
+            parameters=message.parameters,
         )
         self._roster.record(record)
         self.loops[message.tag].founders.add(message.incarnation)
@@ -560,17 +567,28 @@ class OuterLoops:
 
     def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
         """Rule 10: names the first difference between what the run does and what the peer wants."""
-        reason = rounds.difference(message.tag, name, ours, theirs)
+        reason = self._other_model(name, message) or rounds.difference(message.tag, name, ours, theirs)
         if reason:
             sequence = message.sequence if isinstance(message, Propose) else -1
             self._roster.refuse(name, message, "ParityError", reason, tag=message.tag, sequence=sequence)
         return bool(reason)
+
+    def _other_model(self, name: str, message: Propose | Enter) -> str:
+        """The first tensor that this peer's model has otherwise than the run's, with both; "" if there is none."""
+        loop = self.loops.get(message.tag)
+        if not (isinstance(message, Enter) and loop and loop.parameters and message.parameters):
+            return ""
+        for ours, theirs in zip_longest(loop.parameters, message.parameters, fillvalue="nothing"):
+            if ours != theirs:
+                return f"{message.tag}: the models differ: {ours} in the run, {theirs} on peer {name}"
+        return ""
 
     # --- durable state ----------------------------------------------------------------------------------------------
 
     def apply_founded(self, record: LoopFounded) -> None:
         before = self.loops.get(record.tag, Loop(record.spec))
         loop = self.loops[record.tag] = Loop(record.spec, rounds=before.rounds, void=before.void)
+        loop.parameters = record.parameters
         loop.versions[record.fragment] = 0
         loop.hashes[record.fragment, 0] = record.state_hash
 
@@ -597,6 +615,7 @@ class OuterLoops:
         for each in states:
             before = self.loops.get(each.tag, Loop(each.spec))
             loop = self.loops[each.tag] = Loop(each.spec, rounds=max(each.rounds, before.rounds), void=before.void)
+            loop.parameters = before.parameters
             loop.halted = before.halted if self._is_halted_at(each) else ""
             loop.versions.update(each.versions)
             loop.hashes.update({(f, each.versions[f]): held for f, held in each.hashes.items() if held})

@@ -412,6 +412,7 @@ class Membership:
             behind=behind,
             targets=dict(self.targets),
             elapsed=self.elapsed,
+            fastest=max((m.status.steps_per_second for m in self.members.values() if not m.silent), default=0.0),
         )
 
     def _grow_older(self, seconds: float) -> None:

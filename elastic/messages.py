@@ -46,6 +46,7 @@ class OperationSpec:
     only the elements of an all-gather may differ.
 
     algorithm: the call (all_reduce, reduce_scatter, broadcast, all_gather, barrier), or the outer loop and its options.
+    fragments: of an outer loop's state; each round moves one of them, so that the elements of proposals may differ.
     op: sum, mean, min, max; broadcast (from peer `root`), all_gather. gather_wire: "" for the same as wire.
     dtype, shape: of the callers' tensors. carried: the dtype in which they travel; "" for the same.
     """
@@ -60,6 +61,7 @@ class OperationSpec:
     root: str = ""
     algorithm: str = ""
     fingerprint: str = ""
+    fragments: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class PeerStatus:
     """How a peer is doing; rides on its heartbeats. Seconds and bytes; losses are NaN until there is one.
 
     held_out_loss: of the outer parameters on data that nobody trains on; a run may have a target for it.
+    steps_per_second: of inner steps, without waiting for rounds.
     """
 
     state: str = "idle"
@@ -96,6 +99,7 @@ class PeerStatus:
     loss: float = float("nan")
     held_out_loss: float = float("nan")
     tokens_per_second: float = 0.0
+    steps_per_second: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
     links: tuple[LinkReport, ...] = ()
@@ -135,7 +139,10 @@ class Propose(Message):
     base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
     cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
     leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
-    starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
+    starts: for each shard, how many of them stood behind earlier ones: for the audit.
+    tokens: trained since this peer's last contribution, of whatever fragment: what the run counts; -1: the weight.
+    length: of what is sent as a direction. quorum, grace: how many peers open this round, and how many seconds it then
+    waits for the others; 0 and -1: as the run's policy and timeouts say.
     """
 
     tag: str
@@ -150,6 +157,15 @@ class Propose(Message):
     receiver: bool = False
     leaving: bool = False
     starts: dict[int, int] = field(default_factory=dict)
+    tokens: float = -1.0
+    length: float = 0.0
+    quorum: int = 0
+    grace: float = -1.0
+
+    @property
+    def counts(self) -> float:
+        """Tokens that a commit of it adds to the run."""
+        return self.weight if self.tokens < 0 else self.tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +204,7 @@ class Leave(Message):
 class Enter(Message):
     """Asks for the outer state to train from. state_hash: of this peer's own, should it be the first ("": not known).
 
+    parameters: what the model's state consists of, a line for each tensor, so that a difference can be named.
     offered, offered_hash, state: version and hash of what this peer has from a checkpoint (-1: nothing), and the run
     state that belongs to it; it is taken if no living peer holds anything newer.
     """
@@ -196,6 +213,7 @@ class Enter(Message):
     spec: OperationSpec
     fragment: int = 0
     state_hash: str
+    parameters: tuple[str, ...] = ()
     offered: int = -1
     offered_hash: str = ""
     state: bytes = b""
@@ -300,6 +318,7 @@ class RunProgress:
 
     behind: once it is, how many members of a loop still need its newest version from those who hold it.
     targets: rounds, tokens, seconds, loss at which it is; 0 means no such target. elapsed: seconds.
+    fastest: inner steps per second of the fastest peer, as of now; 0.0: not known.
     """
 
     rounds: int = 0
@@ -308,6 +327,14 @@ class RunProgress:
     behind: int = 0
     targets: dict[str, float] = field(default_factory=dict)
     elapsed: float = 0.0
+    fastest: float = 0.0
+
+    @property
+    def part(self) -> float:
+        """How much of the nearest target is reached, from 0 to 1; 0 without one that can be measured so."""
+        done = {"rounds": self.rounds, "tokens": self.tokens, "seconds": self.elapsed}
+        parts = [value / self.targets[name] for name, value in done.items() if self.targets.get(name, 0) > 0]
+        return min(1.0, max(parts, default=0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,6 +384,8 @@ class Commit(Message):
 
     skipped: nobody contributed; nothing changes. version: of the fragment once this is applied (-1: plain operation).
     base_hash: of the version that it leads on from. state: the run state as of this commit, encoded (RunState).
+    scale: mean length of the contributions, where they were sent as directions. share: which part of those who train
+    has contributed.
     """
 
     tag: str
@@ -371,6 +400,8 @@ class Commit(Message):
     progress: RunProgress
     base_hash: str = ""
     state: bytes = b""
+    scale: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import queue
 import time
 from collections import deque
@@ -132,8 +133,10 @@ class Operation:
         self._attempts = 0
         self._arrived: deque[Any] = deque()
 
-    def run(self, timeout: float) -> Outcome:
+    def run(self, timeout: float, at_most: Callable[[], float] = lambda: math.inf) -> Outcome:
         """Waits for the commit, taking part in as many attempts as it needs. Obeys Ctrl-C.
+
+        at_most: seconds that are left by now, if that can become fewer meanwhile.
 
         Raises RoundAborted if the round is given up, ParityError and the like if it is refused, NotEnoughPeers or
         CoordinatorUnavailable after `timeout` seconds, CollectiveError or ConfigurationError if this peer itself cannot
@@ -143,18 +146,22 @@ class Operation:
         self._send(self._pending)
         try:
             while True:
-                outcome = self._handle(self._next(deadline))
+                outcome = self._handle(self._next(deadline, at_most))
                 if outcome is not None:
                     return outcome
         except BaseException:
-            self._send(self._stamped(Withdraw, sequence=self._proposal.sequence))
+            self.withdraw()
             raise
 
-    def _next(self, deadline: float) -> Any:
+    def withdraw(self) -> None:
+        """Tells the coordinator that nobody waits for this any more."""
+        self._send(self._stamped(Withdraw, sequence=self._proposal.sequence))
+
+    def _next(self, deadline: float, at_most: Callable[[], float]) -> Any:
         if self._arrived:
             return self._arrived.popleft()
         while True:
-            left = deadline - time.monotonic()
+            left = min(deadline - time.monotonic(), at_most())
             try:
                 return self._inbox.get(timeout=max(0.001, min(left, ASK_AGAIN_SECONDS)))
             except queue.Empty:
@@ -176,7 +183,7 @@ class Operation:
             case Commit() if self._is_news(message, message.round):
                 return self._judge(message) if not self._is_earlier(message) else None
             case Base():
-                self._send(self._stamped(Withdraw, sequence=self._proposal.sequence))
+                self.withdraw()
                 return Outcome(None, False, self._attempts, base=message)
             case RoundFailed() if message.round < 0 or self._is_news(message, message.round):
                 raise RoundAborted(message.reason, peer=self._name, round=message.round, epoch=message.epoch)

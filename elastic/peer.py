@@ -100,6 +100,11 @@ if TYPE_CHECKING:
 KEPT_NOTES = 256
 SIGTERM_SECONDS = 25.0
 OPS = ("sum", "mean", "min", "max")
+REPORTED: dict[str, Callable[[Any], Any]] = {
+    "state": str,
+    "step": int,
+    **dict.fromkeys(("loss", "held_out_loss", "tokens_per_second", "steps_per_second"), float),
+}
 
 Result = TypeVar("Result")
 Buffers = tuple[torch.Tensor, torch.Tensor]
@@ -390,9 +395,11 @@ class Peer:
 
     def patience(self, timeout: float | None) -> float:
         """Seconds to wait for a round: `timeout`, by default `timeouts.round`; less while this peer drains."""
-        allowed = timeout or self.timeouts.round
-        left = math.inf if self._drain_until is None else self._drain_until - time.monotonic()
-        return max(0.1, min(allowed, left))
+        return max(0.1, min(timeout or self.timeouts.round, self.drain_left()))
+
+    def drain_left(self) -> float:
+        """Seconds until this peer leaves, should it drain."""
+        return math.inf if self._drain_until is None else self._drain_until - time.monotonic()
 
     def run_until(self, *, rounds: int = 0, tokens: int = 0, seconds: float = 0.0, loss: float = 0.0) -> None:
         """Sets the run's targets: it is over at this many outer rounds or tokens, this time, or this held-out loss.
@@ -478,17 +485,17 @@ class Peer:
         )
 
     def report(self, **status: Any) -> None:
-        """Sets fields of the status that rides on heartbeats: state, step, loss, held_out_loss, tokens_per_second.
+        """Sets fields of the status that rides on heartbeats: state, step, loss, held_out_loss, tokens_per_second,
+        steps_per_second (an outer loop reports that itself).
 
         held_out_loss: of the outer parameters (`outer.evaluating()`); a run may have a target for it. Numbers may be of
         any kind that float() takes, tensors of one element too. An unknown field, or a value of another kind, is a
         ConfigurationError.
         """
-        kinds = {"state": str, "step": int, "loss": float, "held_out_loss": float, "tokens_per_second": float}
         try:
-            plain = {name: kinds[name](value) for name, value in status.items()}
+            plain = {name: REPORTED[name](value) for name, value in status.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"cannot report {status}: {error!r}; known are {', '.join(kinds)}") from None
+            raise ConfigurationError(f"cannot report {status}: {error!r}; known are {', '.join(REPORTED)}") from None
         self._status = dataclasses.replace(self._status, **plain)
 
     # --- collectives ------------------------------------------------------------------------------------------------

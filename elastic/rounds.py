@@ -106,10 +106,19 @@ def scalars(op: str, weights: Iterable[float], dtype: str = "float32") -> tuple[
     return multipliers, rounded(sum(multipliers))
 
 
+def mean_length(giving: Iterable[Propose]) -> float:
+    """The weighted mean of the lengths of what was sent as directions, as a float32; 1 if nothing was."""
+    pairs = [(each.weight, each.length) for each in giving if each.length > 0]
+    total = sum(weight for weight, _ in pairs)
+    return float32(sum(weight * length for weight, length in pairs) / total) if total else 1.0
+
+
 def compared(spec: OperationSpec) -> tuple[str, ...]:
     """The fields of a spec in which all members of its operation must agree."""
-    fields = ("algorithm", "op", "root", "dtype", "elements", "shape", "wire", "gather_wire", "carried", "fingerprint")
-    return tuple(field for field in fields if not (field == "elements" and spec.op == "all_gather"))
+    fields: tuple[str, ...] = ("algorithm", "fragments", "op", "root", "dtype", "elements", "shape")
+    fields += ("wire", "gather_wire", "carried", "fingerprint")
+    free = spec.op == "all_gather" or spec.fragments > 1
+    return tuple(field for field in fields if not (field == "elements" and free))
 
 
 def difference(tag: str, name: str, ours: OperationSpec, theirs: OperationSpec) -> str:

@@ -202,7 +202,7 @@ def wires_of(staged: Staged, wire: str | None, gather_wire: str | None) -> tuple
     return wire, gather_wire or gathered_in(wire)
 
 
-def spec_of(algorithm: str, op: str, staged: Staged, wire: str, **fields: str) -> OperationSpec:
+def spec_of(algorithm: str, op: str, staged: Staged, wire: str, **fields: Any) -> OperationSpec:
     """What this call wants, for comparison with what the others want."""
     fields.setdefault("shape", staged.shape)
     dtype, carried = (str(each).removeprefix("torch.") for each in (staged.dtype, staged.flat.dtype))

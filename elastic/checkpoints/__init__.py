@@ -106,10 +106,12 @@ class Snapshot:
         if not self.versions or len(self.versions) != len(self.parameters):
             raise ConfigurationError(f"{len(self.versions)} fragments with {len(self.parameters)} lists of parameters")
         for version, parameters in zip(self.versions, self.parameters, strict=True):
-            sizes = {elements(parameters), version.parameters.numel(), version.momentum.numel()}
-            if len(sizes) > 1 or not all(map(_flat, (version.parameters, version.momentum))):
+            sizes = [elements(parameters), version.parameters.numel(), version.momentum.numel()]
+            fit = sizes[0] == sizes[1] and sizes[2] % max(sizes[1], 1) == 0
+            if not fit or not all(map(_flat, (version.parameters, version.momentum))):
                 raise ConfigurationError(
-                    f"parameters and momentum must be flat float32 on the CPU, of one length, not {sorted(sizes)}"
+                    "parameters and momentum must be flat float32 on the CPU, the parameters as long as their names "
+                    f"say, momentum a multiple of that, not {sizes}"
                 )
         try:
             json.dumps(self.summary, allow_nan=False)
@@ -160,7 +162,8 @@ class Store:
         """
         tensors = [tensor for version in snapshot.versions for tensor in (version.parameters, version.momentum)]
         _check_unchanged(snapshot.versions)
-        parts: list[Bytes] = [header([tensor.numel() for tensor in tensors[::2]]), *map(as_bytes, tensors)]
+        sizes = [(version.parameters.numel(), version.momentum.numel()) for version in snapshot.versions]
+        parts: list[Bytes] = [header(sizes), *map(as_bytes, tensors)]
         digest = digest_of(parts)
         file = DataFile(f"outer-{digest[:16]}.safetensors", sum(map(len, parts)), digest)
         folder = self.entry(*snapshot.identity).folder
@@ -199,7 +202,9 @@ class Store:
             tag=self.tag,
             algorithm=snapshot.algorithm,
             fingerprint=snapshot.fingerprint,
-            fragments=tuple(Fragment(version.number, version.state_hash, named) for version, named in both),
+            fragments=tuple(
+                Fragment(version.number, version.state_hash, named, version.momentum.numel()) for version, named in both
+            ),
             outer=file,
             run_state=snapshot.run_state,
             summary=dict(snapshot.summary),

@@ -23,7 +23,6 @@ from .manifest import (
     Fragment,
     Manifest,
     digest_of,
-    elements,
     get,
     header,
     parse_file,
@@ -127,10 +126,10 @@ class Entry:
             return Outer(self, manifest, self._versions(manifest))
 
     def _versions(self, manifest: Manifest) -> tuple[Version, ...]:
-        sizes = [elements(fragment.parameters) for fragment in manifest.fragments]
-        head = header(sizes)
-        if manifest.outer.bytes != len(head) + 8 * sum(sizes):
-            raise ValueError(f"has {manifest.outer.bytes} bytes, its tensors {8 * sum(sizes)}")
+        sizes = [fragment.sizes for fragment in manifest.fragments]
+        head, numbers = header(sizes), sum(map(sum, sizes))
+        if manifest.outer.bytes != len(head) + 4 * numbers:
+            raise ValueError(f"has {manifest.outer.bytes} bytes, its tensors {4 * numbers}")
         data = torch.empty(manifest.outer.bytes, dtype=torch.uint8)
         self.folder.read_into(manifest.outer.name, as_bytes(data))
         if digest_of([as_bytes(data)]) != manifest.outer.digest:
@@ -210,12 +209,12 @@ class Entry:
 def _split(fragments: Sequence[Fragment], flat: torch.Tensor) -> Iterator[Version]:
     at = 0
     for i, fragment in enumerate(fragments):
-        n = elements(fragment.parameters)
-        version = Version(fragment.version, flat[at : at + n], flat[at + n : at + 2 * n])
+        n, m = fragment.sizes
+        version = Version(fragment.version, flat[at : at + n], flat[at + n : at + n + m])
         if version.state_hash != fragment.state_hash:
             raise ValueError(f"fragment {i} has state hash {version.state_hash}, not {fragment.state_hash}")
         yield version
-        at += 2 * n
+        at += n + m
 
 
 def _load(data: bytes, digest: str) -> dict[str, Any]:

@@ -35,9 +35,17 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
+    """momentum: how many numbers of it there are."""
+
     version: int
     state_hash: str
     parameters: Parameters
+    momentum: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers of parameters and of momentum."""
+        return elements(self.parameters), self.momentum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,15 +122,15 @@ def _render(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, indent=1, sort_keys=True).encode()
 
 
-def header(sizes: Sequence[int]) -> bytes:
-    """What stands before the numbers in a safetensors file of these fragments.
+def header(sizes: Sequence[tuple[int, int]]) -> bytes:
+    """What stands before the numbers in a safetensors file of these fragments: (parameters, momentum) of each.
 
     By hand, so that the state goes from memory to storage and back without a second copy of it, and so that reading
     compares the header instead of trusting it.
     """
     table, at = {}, 0
-    for i, size in enumerate(sizes):
-        for kind in ("parameters", "momentum"):
+    for i, both in enumerate(sizes):
+        for kind, size in zip(("parameters", "momentum"), both, strict=True):
             name = kind if len(sizes) == 1 else f"{kind}.{i}"
             table[name] = {"dtype": "F32", "shape": [size], "data_offsets": [at, at + 4 * size]}
             at += 4 * size
@@ -164,7 +172,10 @@ def _parse_fragment(body: Any) -> Fragment:
                 parameters.append((name, tuple(shape)))
             case _:
                 raise ValueError(f"{each!r} is no parameter")
-    return Fragment(get(body, "version", int), get(body, "state_hash", str), tuple(parameters))
+    momentum = get(body, "momentum", int) if "momentum" in body else elements(tuple(parameters))
+    if momentum < 0:
+        raise ValueError(f"momentum has {momentum} numbers")
+    return Fragment(get(body, "version", int), get(body, "state_hash", str), tuple(parameters), momentum)
 
 
 def parse_file(body: Any, names: str) -> DataFile:

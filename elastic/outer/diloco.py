@@ -11,16 +11,22 @@ that each has trained on), so that a peer that is missing does not shrink the st
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .engine import OuterLoop
 from .optimizers import Nesterov, OuterOptimizer
-from .state import Version
+from .rule import Rule
 
 if TYPE_CHECKING:
     from ..peer import Peer
+
+
+def rule(outer: OuterOptimizer | None = None, **options: Any) -> Rule:
+    """The equations above. options: fields of `Rule`."""
+    return Rule(name="DiLoCo", outer=outer or Nesterov(lr=0.7, momentum=0.9), **options)
 
 
 class DiLoCo(OuterLoop):
@@ -33,23 +39,13 @@ class DiLoCo(OuterLoop):
     If a peer is lost during a round, the others finish that round with what they have.
     """
 
-    algorithm = "DiLoCo"
-
     def __init__(
         self,
         model: torch.nn.Module,
         inner: torch.optim.Optimizer,
         peer: Peer,
         *,
-        sync_every: int = 100,
         outer: OuterOptimizer | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(model, inner, peer, sync_every=sync_every, outer=outer or Nesterov(), **options)
-
-    def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
-        return torch.sub(version.parameters, local, out=local)
-
-    def advance(self, version: Version, mean: torch.Tensor) -> Version:
-        parameters, momentum = self.outer.step(version.parameters, version.momentum, mean)
-        return Version(version.number + 1, parameters, momentum)
+        super().__init__(model, inner, peer, make=partial(rule, outer), **options)

@@ -1,15 +1,18 @@
 """The engine under all outer loops: when a fragment is exchanged, with whom, and how the result is applied.
 
 Its hands are optimizer hooks: after each inner step it counts, applies what others committed meanwhile, and, when it
-is time, exchanges. An algorithm (`diloco.py`) says what is sent, what the result does to the outer state, and what the
-local parameters become. Everything that goes wrong surfaces in the training script's own call of `inner.step()`.
+is time, begins an exchange, or ends one. An algorithm (`diloco.py` and its sisters) is a `Rule`; what that does to this
+peer's copy of the model is the `Replica`'s. Everything that goes wrong surfaces in the training script's own call of
+`inner.step()`.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from collectives import FetchError, Partial
+from collectives.wires import WIRES
 
 from ..checkpoints import Checkpoints
 from ..checkpoints.entries import Outer
@@ -48,19 +51,25 @@ from ..messages import (
 )
 from ..operations import Inbox, Outcome, refusal
 from ..runstate import LINEAGE
-from ..tensors import check_finite, check_wire, gathered_in
+from ..tensors import check_wire, gathered_in
+from .cadence import Cadence, Moment, cadence_of
+from .compression import Compression
+from .feedback import Feedback, NoFeedback
+from .flight import Exchange
 from .local import Local
-from .optimizers import OuterOptimizer
+from .replica import Flight, Replica
+from .rule import WHOLE_ROUND, Facts, Rule
 from .saving import Saver
-from .state import Layout, Version
+from .serving import Shelf
+from .state import Layout, State
+from .weighting import Equal, Weighting
 
 if TYPE_CHECKING:
     from ..peer import Peer
 
 ENTER_AGAIN_SECONDS = 0.1
 SEE_OFF_SECONDS = 15.0
-PULL_AGAIN_SECONDS = 0.02
-MOST_SERVED = 8  # versions, and results, that are kept for those who are fetching older ones
+SMOOTHING = 0.1  # of what is measured for statistics and graces: the part that the newest value has
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class Doubt:
 
     digest: str
     proposal: Propose
-    source: torch.Tensor
+    flight: Flight
     result: torch.Tensor
 
 
@@ -80,18 +89,42 @@ class Doubt:
 class Offer:
     """What the run can go on from. state: the run state as of this version. saved: the checkpoint that it is from."""
 
-    version: Version
+    version: State
     state: bytes
     saved: Outer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OuterStatistics:
+    """rounds: applied here; contributed: of those, with this peer's numbers; refused: contributions that were no
+    numbers. step_seconds: of an inner step, lately; sync_seconds: from sending to the commit, lately.
+    training_seconds, stalled_seconds: in all, between hooks, and waiting for exchanges; the first over their sum is
+    the compute utilisation. bytes_offered: of contributions, as they travel.
+    """
+
+    rounds: int
+    contributed: int
+    refused: int
+    step_seconds: float
+    sync_seconds: float
+    training_seconds: float
+    stalled_seconds: float
+    bytes_offered: int
 
 
 class OuterLoop:
     """Base of the outer loops; use one of its subclasses, as a context around the training loop.
 
-    model: its trainable float32 CPU parameters are trained. inner: the optimizer that the script steps; its state stays
-    local. sync_every: inner steps between exchanges (H). outer: the outer optimizer. wire: how numbers travel.
-    max_staleness: a peer that missed more rounds than this starts again from the outer parameters, and its samples are
-    read again. keep_results: results of how many rounds are kept for peers that were left out of them.
+    model: its trainable parameters are trained, float32 or bfloat16, on any device. inner: the optimizer that the
+    script steps; its state stays local. sync_every: inner steps between exchanges (H); or a time ("30s"), or a cadence
+    (`elastic.outer.cadence`). fragments: into how many parts the model is cut, exchanged in turn, each once in H;
+    fragment_cut: "strided", "sequential" or "balanced". make: the algorithm. wire: how numbers travel;
+    gather_wire: how results do, by default int8 after 4 bits, else as `wire`. rotate: a Hadamard rotation before
+    quantising. feedback: what becomes of its errors (`ErrorFeedback`, `EF21`, `EControl`). weighting: how much
+    contributions count; by default by tokens. buffers: "local", or "average" to exchange floating point buffers, too.
+    speed_matched: slower peers make fewer steps, so that all are ready at once (DyLU).
+    max_staleness: a peer that missed more rounds of a fragment than this starts again from the outer parameters, and
+    its samples are read again. keep_results: results of how many rounds are kept for peers that were left out of them.
     timeout: seconds to wait for a round, with too few peers too; by default the peer's `timeouts.round`.
     checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
     living peer has them; a URL, or `Checkpoints`.
@@ -99,14 +132,12 @@ class OuterLoop:
     On entering, the peer fetches the run's outer state into the model, goes on from its newest checkpoint if nobody has
     anything newer, or founds the run with its own. When a round
     goes on without this peer it applies the result itself and keeps what it has learned for the next; a round that
-    fails leaves everything as it was. Memory: outer parameters and momentum, twice (two versions are kept for
-    joiners), the pseudo-gradient, and `keep_results` results, all float32; while somebody fetches an older version,
-    that one and up to 8 results behind it.
+    fails leaves everything as it was. A contribution that is not finite is never sent: this peer starts again from the
+    outer parameters, follows the round as a receiver, and reports it (`contribution.refused`).
+    Memory, float32, for n parameters of which a fragment has n/P: outer parameters and the outer optimizer's vectors;
+    the last round's fragment of them once more, for joiners; one contribution and result, 2 n/P; `keep_results`
+    results of n/P; while somebody fetches an older version, up to 8 of its fragments and results.
     """
-
-    algorithm = ""
-    replicated = True
-    """Whether the outer state is bit-identical on all peers (gossip loops will say False)."""
 
     def __init__(
         self,
@@ -114,86 +145,122 @@ class OuterLoop:
         inner: torch.optim.Optimizer,
         peer: Peer,
         *,
-        sync_every: int,
-        outer: OuterOptimizer,
+        make: Callable[..., Rule],
+        sync_every: int | str | Cadence = 100,
+        fragments: int = 1,
+        fragment_cut: str = "strided",
         wire: str = "f32",
+        gather_wire: str | None = None,
+        rotate: bool = False,
+        feedback: Feedback | None = None,
+        weighting: Weighting | None = None,
+        buffers: str = "local",
+        speed_matched: bool = False,
         max_staleness: int = 4,
         keep_results: int = 2,
         timeout: float | None = None,
         tag: str = "outer",
         checkpoints: Checkpoints | str | None = None,
     ) -> None:
-        for name, value in (
-            ("sync_every", sync_every),
-            ("max_staleness", max_staleness),
-            ("keep_results", keep_results),
-        ):
-            if not (isinstance(value, int) and value >= 1):
-                raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+        _check_whole(max_staleness=max_staleness, keep_results=keep_results, fragments=fragments)
+        if buffers not in ("local", "average"):
+            raise ConfigurationError(f"buffers is {buffers!r}: choose 'local' or 'average'")
+        self.cadence = cadence_of(sync_every)
+        if weighting is None and feedback is not None and feedback.slots:
+            weighting = Equal()  # what is kept of every peer adds up only if it counts the same each time
+        options = {} if weighting is None else {"weighting": weighting}
+        compression = Compression(wire=check_wire(wire), rotate=rotate)
+        rule = make(compression=compression, feedback=feedback or NoFeedback(), **options)
+        check_delay(rule.delay, self.cadence, fragments)
         self.model, self.inner, self.peer, self.tag = model, inner, peer, tag
-        self.sync_every, self.outer, self.wire = sync_every, outer, wire
+        self.speed_matched, self.wire = speed_matched, wire
         self.max_staleness, self.keep_results, self.timeout = max_staleness, keep_results, timeout
-        self.layout = Layout(model, peer.ranks, tag)
+        self.layout = Layout(
+            model, peer.ranks, tag, fragments=fragments, how=fragment_cut, buffers=buffers == "average"
+        )
+        self.replica = Replica(self.layout, rule)
+        gathered = gathered_in(wire) if gather_wire is None else check_wire(gather_wire)
         self.spec = OperationSpec(
-            op="mean",
+            op=rule.combine,
             dtype="float32",
             elements=self.layout.elements,
-            wire=check_wire(wire),
-            gather_wire=gathered_in(wire),
-            algorithm=f"{self.algorithm}({outer.description})",
+            wire=wire,
+            gather_wire=gathered if gathered != wire else "",
+            algorithm=rule.description,
             fingerprint=self.layout.fingerprint,
+            fragments=fragments,
         )
         where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
         self.saver = Saver(where, peer, tag, self.spec, self.layout, Local(inner, peer.ranks, tag)) if where else None
         self.steps = 0
         self.last_commit: Commit | None = None
-        self._version: Version | None = None
-        self._stepped_from: tuple[Version, torch.Tensor] | None = None
-        self._published: dict[int, str] = {}
-        self._results: dict[int, str] = {}
-        self._since_applied = 0
-        self._missed = 0
-        self._weight = 0.0
-        self._opened = False
-        self._receiving = False
+        self.step_seconds = self.sync_seconds = 0.0
+        self._counts = dict.fromkeys(("rounds", "contributed", "refused", "bytes_offered"), 0)
+        self._training = self._stalled = 0.0
+        self._seen: State | None = None
+        self._stepped_from: tuple[State, torch.Tensor, Facts] | None = None
+        self._shelf = Shelf(peer.group, tag) if peer.ranks.leads else None
+        self._uncounted = 0.0
+        self._opened = self._receiving = False
+        self._sitting_out = -1
         self._doubts: list[Doubt] = []
-        self._partial = Partial()
+        self._exchange: Exchange | None = None
+        self._kept_back: deque[Any] = deque()
         self._state, self._led_by = b"", ""
+        self._clock = self._launched_at = time.monotonic()
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
 
-    # --- what an algorithm says -------------------------------------------------------------------------------------
+    quorum = 0
+    """How many peers open a round; 0: as the run's policy says."""
 
-    def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
-        """What this peer sends: a flat float32 vector. local: a copy of its parameters, which may be written."""
-        raise NotImplementedError
+    @property
+    def grace(self) -> float:
+        """Seconds that a round waits for the others once a quorum is there; -1: as the run's timeouts say."""
+        return -1.0
 
-    def advance(self, version: Version, mean: torch.Tensor) -> Version:
-        """The next version of the outer state, from the committed mean."""
-        raise NotImplementedError
+    @property
+    def algorithm(self) -> str:
+        return self.replica.rule.name
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the outer state is bit-identical on all peers."""
+        return self.replica.rule.replicated
 
     # --- life -------------------------------------------------------------------------------------------------------
 
     @property
-    def version(self) -> Version:
+    def version(self) -> State:
         """The outer state that this peer holds. Raises ConfigurationError outside the context.
 
         On ranks that do not lead, its number and hash without the values.
         """
-        if self._version is None:
+        if self._seen is None:
             raise ConfigurationError(f"enter the loop first: with {self.algorithm}(...) as outer: ...")
-        return self._version
+        return self._seen
 
     @property
     def finished(self) -> bool:
         """Whether the training loop should end: the run has reached its target, or this peer drains."""
         return self.peer.stopping
 
+    def statistics(self) -> OuterStatistics:
+        """What this peer has done in the loop, as of now; zeros on ranks that do not lead."""
+        return OuterStatistics(
+            **self._counts,
+            step_seconds=self.step_seconds,
+            sync_seconds=self.sync_seconds,
+            training_seconds=self._training,
+            stalled_seconds=self._stalled,
+        )
+
     def __enter__(self) -> Self:
         ranks = self.peer.ranks
         try:
             ranks.mirror(self.tag, self._now, self._see)
+            ranks.teach(f"{self.tag}/mend", self._mend)
             self._together("enter", self._enter)
             self._hook = self.inner.register_step_post_hook(lambda *_: self._together("step", self._after_step))
             self._ending = threading.current_thread(), self.finish if ranks.leads else self._leave
@@ -207,9 +274,11 @@ class OuterLoop:
         self._context = self.peer.inbox(self.tag)
         self._inbox = self._context.__enter__()
         self._fetch_base(self._from_disk())
-        self.layout.write(self.version.parameters)
+        self.replica.share = 1.0 / max(1, len(self.peer.view.members))
+        self.replica.reset()
         self.peer.when_idle.append(self._idle)
         self.peer.recomputes[self.tag] = self._recompute
+        self._clock = self._launched_at = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -235,7 +304,7 @@ class OuterLoop:
 
     def _finish(self) -> None:
         self._give_all()
-        self.layout.write(self.version.parameters)
+        self.replica.load_outer()
         if self.saver:
             self.saver.save_last(self._own_part())
         self.peer.see_off(SEE_OFF_SECONDS)
@@ -258,6 +327,9 @@ class OuterLoop:
             self._leave_run()
 
     def _leave_run(self) -> None:
+        if self._exchange is not None:
+            self._exchange.abandon()
+            self._exchange = None
         if self._idle in self.peer.when_idle:
             self.peer.when_idle.remove(self._idle)
         self.peer.recomputes.pop(self.tag, None)
@@ -274,34 +346,67 @@ class OuterLoop:
         self.peer.ranks.together(f"{self.tag}: {label}", lead)
 
     def _now(self) -> tuple[int, int, str, Commit | None]:
-        version = self._version
-        return self.steps, version.number if version else -1, version.state_hash if version else "", self.last_commit
+        state = self._seen
+        return self.steps, state.number if state else -1, state.state_hash if state else "", self.last_commit
 
     def _see(self, now: tuple[int, int, str, Commit | None]) -> None:
         if not self.peer.ranks.leads:
             self.steps, number, state_hash, self.last_commit = now
-            self._version = Version.elsewhere(number, state_hash) if number >= 0 else None
+            self._seen = State((), (number, state_hash)) if number >= 0 else None
 
     # --- the inner loop's hook ----------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
+        began = time.monotonic()
+        self._training += began - self._clock
+        self.step_seconds = _smoothed(self.step_seconds, began - self._clock)
+        self._work()
+        self._clock = time.monotonic()
+
+    def _work(self) -> None:
         self.steps += 1
-        self._since_applied += 1
-        self._weight += self.peer.stepped()
+        tokens = self.peer.stepped()
+        self._uncounted += tokens
+        self.replica.stepped(tokens)
         if self.peer.spoiled:
+            self._settle()
             self._reset()
-        self._receive(not self.peer.whole)  # until its samples are whole again it can give nothing
-        self.peer.report(step=self.steps, state="training")
-        self._take_messages()
-        if self._can_give and not self.peer.ending and (self._since_applied >= self.sync_every or self._opened):
-            self._exchange()
+        self._receive(not self.peer.whole or self._sitting_out == self.version.number)
+        self.peer.report(step=self.steps, state="training", steps_per_second=1.0 / max(self.step_seconds, 1e-9))
+        self._listen()
+        if self.replica.landing:
+            self._settle()
+        if self._due():
+            self._settle()
+            if self._can_give and self.replica.learned > 0:
+                self._launch()
+
+    def _due(self) -> bool:
+        """Whether the next round should begin now; until its samples are whole again, this peer can give nothing."""
+        if not self._can_give or self.peer.ending or self.replica.learned <= 0:
+            return False
+        return self._opened or self.cadence.due(self._moment())
+
+    def _moment(self) -> Moment:
+        progress = self.peer.progress
+        fastest = progress.fastest if self.speed_matched else 0.0
+        speed = 1.0 / max(self.step_seconds, 1e-9)
+        return Moment(
+            round=self.version.number,
+            fragments=len(self.layout.parts),
+            steps=self.replica.since,
+            seconds=time.monotonic() - self._launched_at,
+            pace=min(1.0, speed / fastest) if fastest > 0 else 1.0,
+            progress=progress.part,
+        )
 
     def _idle(self) -> None:
         """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
         self._flush()
-        if not (self._weight or self.peer.over):
+        if not (self.replica.learned or self.peer.over):
             self.peer.report(state="receiving")
             self._receive(True)
+        self._clock = time.monotonic()
 
     def _receive(self, receiving: bool) -> None:
         if receiving != self._receiving:
@@ -312,15 +417,30 @@ class OuterLoop:
     def _can_give(self) -> bool:
         return self.peer.whole and not self.peer.over
 
-    def _take_messages(self) -> None:
-        """Applies what came while training: rounds that went on without this peer, and the call to a round."""
+    def _listen(self) -> None:
+        """Applies what came while training: rounds that went on without this peer, and the call to a round.
+
+        While a contribution is on its way, its exchange reads what comes; once that has ended, a call to the next
+        round says that the others are ahead: then this one is applied at once.
+        """
+        if self._exchange is not None:
+            if not self._exchange.finished:
+                return
+            self._kept_back.extend(self._arrived())
+            if not any(isinstance(message, Open) for message in self._kept_back):
+                return
+            self._settle()
+        self._kept_back.extend(self._arrived())
+        while self._kept_back:
+            self._take(self._kept_back.popleft())
+
+    def _arrived(self) -> Iterator[Any]:
         assert self._inbox is not None
         while True:
             try:
-                message = self._inbox.get_nowait()
+                yield self._inbox.get_nowait()
             except queue.Empty:
                 return
-            self._take(message)
 
     def _take(self, message: Any) -> None:
         match message:
@@ -345,63 +465,137 @@ class OuterLoop:
     # --- rounds -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Exchanges now what has been learned since the last round; returns at once if that is nothing."""
+        """Exchanges now what has been learned since the last rounds, of all fragments; returns at once if that is
+        nothing.
+        """
         self._together("flush", self._flush)
 
     def _flush(self) -> None:
-        self._take_messages()
-        if self._weight > 0 and self._can_give:
-            self._exchange()
+        """The fragment that was exchanged last comes last: as long as there is anything to give of the next one."""
+        self._settle()
+        self._listen()
+        for _ in self.layout.parts:
+            if self.replica.learned > 0 and self._can_give:
+                self._launch()
+                self._settle()
 
-    def _exchange(self) -> None:
+    def _launch(self) -> None:
+        """Begins the next round; one whose result is to be applied at once ends here, too."""
         assert self._inbox is not None
         self.peer.report(state="exchanging")
         self.layout.check_replicas()
-        source = self.contribution(self.version, self.layout.read())
-        check_finite(source, self.wire, self.peer.name)
-        result = torch.empty_like(source)
-        proposal = self.peer.proposal(
+        flight = self.replica.launch()
+        if not flight.finite:
+            self._refuse(flight)
+            return
+        self._sitting_out = -1
+        self._receive(False)
+        self._launched_at = time.monotonic()
+        result = torch.empty_like(flight.payload)
+        proposal = self._proposal(flight)
+        operation = self.peer.operation(proposal, lambda _: (flight.payload, result), self._inbox)
+        patience = self.peer.patience(self.timeout)
+        self._exchange = Exchange(operation, proposal, result, patience, self.peer.drain_left, self._inbox.put)
+        if self.replica.rule.delay == 0:
+            self._settle()
+        else:
+            self._exchange.start()
+
+    def _proposal(self, flight: Flight) -> Propose:
+        part = self.layout.parts[flight.fragment]
+        spec = replace(self.spec, elements=part.elements)
+        self._counts["bytes_offered"] += _wire_bytes(spec)
+        return self.peer.proposal(
             self.tag,
-            self.spec,
-            weight=self._weight,
+            spec,
+            weight=flight.weight,
+            tokens=self._uncounted,
+            length=flight.length,
             cursors=self.peer.cursors,
             starts=self.peer.starts,
-            base_version=self.version.number,
-            base_hash=self.version.state_hash,
+            base_version=flight.base.number,
+            base_hash=flight.base.state_hash,
             leaving=self.peer.draining,
+            quorum=self.quorum,
+            grace=self.grace,
         )
-        operation = self.peer.operation(proposal, lambda _: (source, result), self._inbox)
-        try:
-            outcome = operation.run(self.peer.patience(self.timeout))
-        except RoundAborted:
-            if not self.peer.over:
-                self._since_applied = 0  # nothing is lost: the contribution stays and goes into the next round
-        except BaseException as error:
-            if operation.done_digest:
-                self._doubts.append(Doubt(operation.done_digest, proposal, source, result))
-            if self.saver and isinstance(error, NotEnoughPeers):
-                self.saver.save_last(self._own_part())
-            raise
-        else:
-            self._conclude(outcome, proposal, result)
 
-    def _conclude(self, outcome: Outcome, proposal: Propose, result: torch.Tensor) -> None:
+    def _refuse(self, flight: Flight) -> None:
+        """What this peer has learned is no number: it is never sent. Its samples are read again, from the outer state.
+
+        Nobody waits for it in this round.
+        """
+        self._counts["refused"] += 1
+        self.peer.events.emit(
+            "contribution.refused",
+            version=flight.base.number,
+            fragment=flight.fragment,
+            parameter=_first_infinite(self.layout.parts[flight.fragment].named, flight.payload),
+            refused=self._counts["refused"],
+        )
+        self.replica.abort()
+        self._reset()
+        self.peer.ranks.order(f"{self.tag}/mend")
+        self._mend()
+        self._sitting_out = self.version.number
+        self._receive(True)
+
+    def _mend(self) -> None:
+        """An inner optimizer that has taken in what is no number would give nothing else: it begins afresh."""
+        tensors = [v for kept in self.inner.state.values() for v in kept.values() if isinstance(v, torch.Tensor)]
+        if not all(torch.isfinite(each).all() for each in tensors if each.is_floating_point()):
+            self.inner.state.clear()
+
+    def _settle(self) -> None:
+        """Waits for the round under way, if there is one, and applies it."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        began = time.monotonic()
+        try:
+            outcome = exchange.wait()
+        except BaseException as error:
+            if not exchange.started or exchange.finished:  # else this thread alone was interrupted
+                self._give_up(exchange, error)
+            if not isinstance(error, RoundAborted):
+                raise
+        else:
+            self._exchange = None
+            self.sync_seconds = _smoothed(self.sync_seconds, exchange.seconds)
+            self._conclude(outcome, exchange)
+        finally:
+            self._stalled += time.monotonic() - began
+
+    def _give_up(self, exchange: Exchange, error: BaseException) -> None:
+        """Nothing is lost: the contribution stays, and goes into the next round."""
+        self._exchange = None
+        flight = self.replica.flight
+        self.replica.abort()
+        if isinstance(error, RoundAborted):
+            return
+        if exchange.done_digest and flight is not None:
+            self._doubts.append(Doubt(exchange.done_digest, exchange.proposal, flight, exchange.result))
+        if self.saver and isinstance(error, NotEnoughPeers):
+            self.saver.save_last(self._own_part())
+
+    def _conclude(self, outcome: Outcome, exchange: Exchange) -> None:
         if outcome.base is not None:
+            self.replica.abort()
             self._start_over(outcome.base)
             return
         commit = outcome.commit
         assert commit is not None
         if not outcome.counted:
+            self.replica.abort()
             self._catch_up(commit)
             return
-        self._count(proposal)
-        self._advance(commit, result)
-        self.layout.write(self.version.parameters)
+        self._count(exchange.proposal)
+        self._counts["contributed"] += 1
+        self._advance(commit, exchange.result, counted=True)
 
     def _count(self, proposal: Propose) -> None:
         """The run has counted this contribution."""
-        self._weight -= proposal.weight
-        self._missed = 0
+        self._uncounted -= proposal.tokens
         self.peer.committed(proposal.cursors)
 
     def _catch_up(self, commit: Commit) -> None:
@@ -424,24 +618,30 @@ class OuterLoop:
         if mean is None:
             self._fetch_and_start_over()
             return
-        before = self.version
-        self._advance(commit, mean)
-        self._missed += 1
+        place = self.replica.places[self.version.next]
+        self._advance(commit, mean, counted=False)
         if doubt:  # it was counted after all: only what has been learned since is left
             self._count(doubt.proposal)
-            self.layout.add(doubt.source)
-        if self._missed > self.max_staleness:
+            self.replica.count_late(doubt.flight)
+        if place.missed > self.max_staleness:
             self._reset()
-        else:
-            self.layout.add(torch.sub(self.version.parameters, before.parameters))
 
-    def _advance(self, commit: Commit, mean: torch.Tensor) -> None:
+    def _advance(self, commit: Commit, mean: torch.Tensor, *, counted: bool) -> None:
         self._doubts.clear()
         before = self.version
-        self._stepped_from = (before, mean)
+        facts = Facts(commit.scale, commit.share)
+        self._stepped_from = (before, mean, facts)
         self._state, self._led_by = commit.state, commit.digest
-        self._adopt(self.advance(before, mean))
-        self._keep_result(commit, mean)
+        if counted:
+            self.replica.land(mean, counted=True, facts=facts)
+        else:
+            self.replica.follow(mean, facts=facts)
+            self.replica.since = 0
+        self.replica.share = 1.0 / len(commit.contributors)
+        self._adopt(self.replica.state)
+        assert self._shelf is not None
+        self._shelf.keep_result(commit, mean, self.keep_results)
+        self._counts["rounds"] += 1
         self._note(commit)
         if self.saver:
             self.saver.committed(self.version, commit, self._own_part())
@@ -452,13 +652,13 @@ class OuterLoop:
 
     def _reset(self) -> None:
         self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
-        self.layout.write(self.version.parameters)
-        self._weight, self._missed, self._since_applied = 0.0, 0, 0
+        self.replica.reset()
+        self._uncounted = 0.0
         self._doubts.clear()
 
     def _note(self, commit: Commit) -> None:
         self.last_commit = commit
-        self._since_applied, self._opened = 0, False
+        self._opened = False
         self.peer.finish(self.tag, commit.round)
         self.peer.events.emit(
             "round.applied",
@@ -470,28 +670,12 @@ class OuterLoop:
 
     # --- state --------------------------------------------------------------------------------------------------------
 
-    def _key(self, kind: str, version: int) -> str:
-        return f"{kind}/{self.tag}/0/{version}"
-
-    def _adopt(self, version: Version) -> None:
-        """Makes `version` the current one: served to joiners, announced to the coordinator."""
-        self._version = version
-        for served in (self._published, self._results):  # of a line that the run went back from
-            for number in [number for number in served if number > version.number]:
-                self.peer.group.withdraw(served.pop(number))
-        key = self._key("state", version.number)
-        self.peer.group.publish(key, [version.parameters, version.momentum], version.state_hash)
-        self._published[version.number] = key
-        self._withdraw(self._published, version.number - 1)
+    def _adopt(self, state: State) -> None:
+        """Makes `state` the current one: served to joiners, announced to the coordinator."""
+        assert self._shelf is not None
+        self._seen = self.replica.state = state
+        self._shelf.put(state)
         self._announce()
-
-    def _withdraw(self, served: dict[int, str], needed: int) -> None:
-        """Takes back what is older than `needed`, but not what somebody is fetching, nor what leads on from there."""
-        group, newest = self.peer.group, max(served)
-        for number in sorted(served):
-            if number > newest - MOST_SERVED and (number >= needed or group.wanted(served[number])):
-                return
-            group.withdraw(served.pop(number))
 
     def _announce(self) -> None:
         applied = Applied(
@@ -508,10 +692,13 @@ class OuterLoop:
 
     def _recompute(self, message: Recompute) -> None:
         """Rule 9: the outer step again, from the version before and the committed mean. On a thread of its own."""
-        version, step = self._version, self._stepped_from
+        state, step = self._seen, self._stepped_from
         again = ""
-        if step is not None and version is not None and version.number == message.version == step[0].number + 1:
-            again = self.advance(*step).state_hash
+        if step is not None and state is not None and state.number == message.version == step[0].number + 1:
+            before, mean, facts = step
+            f = before.next
+            version = self.replica.rule.advance(before.parts[f], mean, self.layout.parts[f], facts)
+            again = before.with_part(f, version).state_hash
         self.peer.send(
             Recomputed(
                 run=self.peer.run,
@@ -522,31 +709,11 @@ class OuterLoop:
             )
         )
 
-    def _keep_result(self, commit: Commit, mean: torch.Tensor) -> None:
-        key = self._key("result", commit.version)
-        self.peer.group.publish(key, [mean], commit.digest)
-        self._results[commit.version] = key
-        fetched = min(self._published, default=commit.version)  # who is fetching that one needs the results behind it
-        self._withdraw(self._results, min(commit.version - self.keep_results + 1, fetched + 1))
-
     def _pull(self, commit: Commit) -> torch.Tensor | None:
         """Rule 5: the committed result, from those who hold it; None if nobody gives it."""
+        assert self._shelf is not None
         sources = [member for member in commit.sources if member.name != self.peer.name]
-        deadline = time.monotonic() + self.peer.timeouts.chunk
-        while sources:
-            try:
-                data = self.peer.group.fetch(
-                    self._key("result", commit.version),
-                    sources,
-                    digest=commit.digest,
-                    timeout=self.peer.timeouts.operation,
-                )
-                return torch.frombuffer(data, dtype=torch.float32)
-            except FetchError:
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(PULL_AGAIN_SECONDS)  # they publish it when the same commit has reached them
-        return None
+        return self._shelf.pull(commit, sources, self.peer.timeouts)
 
     def _fetch_and_start_over(self) -> None:
         try:
@@ -566,11 +733,11 @@ class OuterLoop:
 
     def _in_hand(self) -> Offer | None:
         """The version that this peer holds: should all others be lost, the run goes on from it."""
-        return Offer(self._version, self._state) if self._version and self._state else None
+        return Offer(self._seen, self._state) if self._seen and self._state else None
 
     def _from_disk(self) -> Offer | None:
         saved = self.saver.newest() if self.saver else None
-        return Offer(saved.versions[0], saved.manifest.run_state, saved) if saved else None
+        return Offer(State(saved.versions), saved.manifest.run_state, saved) if saved else None
 
     def _fetch_base(self, offer: Offer | None) -> None:
         """Gets the run's outer state from its holders, goes on from what is offered, or founds the run.
@@ -581,7 +748,7 @@ class OuterLoop:
         while time.monotonic() < deadline:
             base = self._ask_base(own, offer)
             if not (base.state_hash or base.sources):  # nobody has anything yet: only now is its own looked at
-                own = Version(0, self.layout.read(), torch.zeros(self.layout.elements))
+                own = self.replica.begin()
             elif self._try_base(base, own, offer.version if offer else None):
                 self._restore_own_part(offer)
                 return
@@ -593,10 +760,15 @@ class OuterLoop:
         if offer and offer.saved and self.saver and self.version is offer.version:
             self.steps = self.saver.restore(offer.saved).get("steps", self.steps)
 
-    def _ask_base(self, own: Version | None, offer: Offer | None) -> Base:
+    def _ask_base(self, own: State | None, offer: Offer | None) -> Base:
         assert self._inbox is not None
-        state_hash = own.state_hash if own else ""
-        enter = Enter(run=self.peer.run, tag=self.tag, spec=self.spec, state_hash=state_hash)
+        enter = Enter(
+            run=self.peer.run,
+            tag=self.tag,
+            spec=self.spec,
+            state_hash=own.state_hash if own else "",
+            parameters=self.layout.described,
+        )
         if offer is not None:
             number, state_hash = offer.version.number, offer.version.state_hash
             enter = replace(enter, offered=number, offered_hash=state_hash, state=offer.state)
@@ -604,50 +776,32 @@ class OuterLoop:
         assert isinstance(base, Base)
         return base
 
-    def _try_base(self, base: Base, *own: Version | None) -> bool:
+    def _try_base(self, base: Base, *own: State | None) -> bool:
         """Takes the state that `base` names, from `own` if it is there; False if nobody gives it."""
         self._receiving = base.version > 0  # rule 6: nobody waits for it before it trains from there
-        for version in (*own, self._version):
-            if version is not None and (version.number, version.state_hash) == (base.version, base.state_hash):
-                self._take_over(version, base)
+        for state in (*own, self._seen):
+            if state is not None and (state.number, state.state_hash) == (base.version, base.state_hash):
+                self._take_over(state, base)
                 return True
         sources = [member for member in base.sources if member.name != self.peer.name]
         return bool(sources) and self._fetch(base, sources)
 
-    def _take_over(self, version: Version, base: Base) -> None:
+    def _take_over(self, state: State, base: Base) -> None:
         """A version that this peer has not worked out itself."""
         self._stepped_from = None
         self._state, self._led_by = base.state, base.digest
-        self._adopt(version)
+        self._adopt(state)
 
     def _fetch(self, base: Base, sources: list[Any]) -> bool:
-        began = time.monotonic()
-        try:
-            data = self.peer.group.fetch(
-                self._key("state", base.version),
-                sources,
-                digest=base.state_hash,
-                timeout=self.peer.timeouts.operation,
-                partial=self._partial,
-                progress=lambda here, size: self.peer.report(state=f"fetching {100 * here // max(size, 1)} %"),
-            )
-        except FetchError as error:  # what has come by now is kept for the next sources of the same version
-            self.peer.events.emit("state.interrupted", version=base.version, reason=str(error))
+        assert self._shelf is not None
+        sizes = [part.elements for part in self.layout.parts]
+        fetched = self._shelf.fetch(base, sources, sizes, self._seen, self.peer)
+        if fetched is None:
             return False
-        if len(data) != 8 * self.layout.elements:
-            raise CheckpointMismatch(
-                f"fetched {len(data)} bytes of state for a model of {self.layout.elements} numbers"
-            )
-        self._take_over(Version.from_bytes(base.version, data, base.state_hash), base)
-        self.peer.events.emit(
-            "state.fetched",
-            version=base.version,
-            bytes=len(data),
-            seconds=round(time.monotonic() - began, 4),
-            sources=[member.name for member in sources],
-            given={name: each.bytes for name, each in self._partial.sources.items()},
-        )
-        self._partial = Partial()
+        slots = self.replica.rule.slots
+        if any(len(part.momentum) != slots * n for part, n in zip(fetched.parts, sizes, strict=True)):
+            raise CheckpointMismatch(f"the state of {self.tag} has another outer optimizer's momentum")
+        self._take_over(fetched, base)
         return True
 
     # --- for the script -----------------------------------------------------------------------------------------------
@@ -656,7 +810,7 @@ class OuterLoop:
     def evaluating(self) -> Iterator[torch.nn.Module]:
         """The model with the outer parameters in it; the local ones come back afterwards."""
         local = self.layout.keep()
-        self._together("evaluate", lambda: self.layout.write(self.version.parameters))
+        self._together("evaluate", self.replica.load_outer)
         training = self.model.training
         self.model.eval()
         try:
@@ -664,28 +818,25 @@ class OuterLoop:
         finally:
             self.model.train(training)
             self.layout.put_back(local)
+            self._clock = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        """The outer state, this peer's place in the round and in its data, defined between any two inner steps.
+        """The outer state, this peer's place in the rounds and in its data, defined between any two inner steps.
 
-        With several ranks, a call of all; the leader has it, the others get {}.
+        A contribution that is on its way counts as not given. With several ranks, a call of all; the leader has it,
+        the others get {}.
         """
         state: dict[str, Any] = {}
         self._together("state_dict", lambda: state.update(self._state_dict()))
         return state
 
     def _state_dict(self) -> dict[str, Any]:
-        return {
+        return self.replica.state_dict() | {
             "algorithm": self.spec.algorithm,
             "fingerprint": self.layout.fingerprint,
             "version": self.version.number,
-            "parameters": self.version.parameters.clone(),
-            "momentum": self.version.momentum.clone(),
-            "local": self.layout.read(),
             "steps": self.steps,
-            "since_applied": self._since_applied,
-            "missed": self._missed,
-            "weight": self._weight,
+            "uncounted": self._uncounted,
             "data": self.peer.data.state_dict(),
         }
 
@@ -701,11 +852,52 @@ class OuterLoop:
         for what, ours in (("algorithm", self.spec.algorithm), ("fingerprint", self.layout.fingerprint)):
             if state[what] != ours:
                 raise CheckpointMismatch(f"the state's {what} is {state[what]!r}, this loop's is {ours!r}")
+        self._settle()  # what is on its way was given from what is forgotten now
         if state["data"]:
             self.peer.data.load_state_dict(state["data"])
         self._stepped_from, self._state, self._led_by = None, b"", ""
         self._doubts.clear()
-        self._adopt(Version(state["version"], state["parameters"].clone(), state["momentum"].clone()))
-        self.layout.write(state["local"])
-        self.steps, self._since_applied = state["steps"], state["since_applied"]
-        self._missed, self._weight = state["missed"], state["weight"]
+        self.replica.load_state_dict(state)
+        self._adopt(self.replica.state)
+        self.steps, self._uncounted = state["steps"], state["uncounted"]
+
+
+def check_delay(delay: int, cadence: Cadence, fragments: int) -> None:
+    """ConfigurationError if an exchange could not be over when the next one is to begin."""
+    if not (isinstance(delay, int) and not isinstance(delay, bool) and (delay >= 0 or delay == WHOLE_ROUND)):
+        raise ConfigurationError(f"sync_delay is {delay!r}: it must be a whole number of inner steps, at least 0")
+    shortest = cadence.shortest
+    if not shortest or delay <= 0:
+        return
+    if delay >= shortest:
+        raise ConfigurationError(f"sync_delay is {delay}, sync_every {shortest:g}: sync_every must be above sync_delay")
+    if delay > shortest // fragments:
+        raise ConfigurationError(
+            f"sync_delay is {delay}, but with {fragments} fragments an exchange begins every {shortest // fragments:g} "
+            f"of sync_every={shortest:g} steps, and one is under way at a time: use fewer fragments or a shorter delay"
+        )
+
+
+def _check_whole(**values: Any) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, int) and value >= 1):
+            raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _smoothed(before: float, now: float) -> float:
+    return now if before == 0 else before + SMOOTHING * (now - before)
+
+
+def _wire_bytes(spec: OperationSpec) -> int:
+    return WIRES[spec.wire].size(spec.elements)
+
+
+def _first_infinite(named: tuple[tuple[str, tuple[int, ...]], ...], flat: torch.Tensor) -> str:
+    """The name of the first tensor in it that is not finite."""
+    at = 0
+    for name, shape in named:
+        stop = at + math.prod(shape)
+        if not torch.isfinite(flat[at:stop]).all():
+            return name
+        at = stop
+    return ""

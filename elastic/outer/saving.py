@@ -19,7 +19,7 @@ from ..errors import CheckpointMismatch, ConfigurationError
 from ..messages import Commit, OperationSpec
 from ..runstate import RunState
 from .local import Local
-from .state import Layout, Version
+from .state import Layout, State
 
 if TYPE_CHECKING:
     from ..peer import Peer
@@ -31,7 +31,7 @@ LAST_SECONDS = 120.0  # how long the end of a loop waits for what is still being
 class Due:
     """A version that may be written. state: the run state as of the commit that made it, encoded."""
 
-    version: Version
+    version: State
     state: bytes
     mine: bool
 
@@ -104,7 +104,7 @@ class Saver:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def committed(self, version: Version, commit: Commit, loop: Mapping[str, Any]) -> None:
+    def committed(self, version: State, commit: Commit, loop: Mapping[str, Any]) -> None:
         """A new version is there: it is written if its time has come. loop: the loop's own part."""
         names = commit.contributors
         if not commit.state or not names:
@@ -148,8 +148,8 @@ class Saver:
         return Snapshot(
             algorithm=self._spec.algorithm,
             fingerprint=self._layout.fingerprint,
-            versions=(due.version,),
-            parameters=(self._layout.named,),
+            versions=due.version.parts,
+            parameters=tuple(part.named for part in self._layout.parts),
             run_state=due.state,
             summary={
                 "rounds": loops,

@@ -51,6 +51,17 @@ def all_train(run: Run, n: int) -> bool:
     return [member.state for member in run.coordinator.status().members] == ["active"] * n
 
 
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nested states are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
 def steps(model: torch.nn.Module, inner: torch.optim.Optimizer, n: int) -> None:
     for _ in range(n):
         inner.zero_grad()
@@ -274,10 +285,10 @@ def test_a_version_that_is_being_fetched_is_kept_with_what_leads_on_from_it(
         steps(model, inner, 2)
         monkeypatch.setattr(peer.group, "wanted", lambda key: key == "state/outer/0/2")
         steps(model, inner, 4)
-        assert sorted(loop._published) == [2, 3, 4, 5, 6] and sorted(loop._results) == [3, 4, 5, 6]
+        assert sorted(loop._shelf.versions) == [2, 3, 4, 5, 6] and sorted(loop._shelf.results) == [3, 4, 5, 6]
         monkeypatch.undo()
         steps(model, inner, 1)
-        assert sorted(loop._published) == [6, 7] and sorted(loop._results) == [6, 7]
+        assert sorted(loop._shelf.versions) == [6, 7] and sorted(loop._shelf.results) == [6, 7]
 
 
 def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
@@ -297,10 +308,10 @@ def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
     assert loops[0].version.number == 1 and loops[0].last_commit.contributors == ("p0", "p1")  # type: ignore[union-attr]
 
     until(lambda: peers[2].progress.rounds == 1)
-    loops[2]._take_messages()
+    loops[2]._listen()
     assert loops[2].version.state_hash == loops[0].version.state_hash, "it applied the round itself"
     torch.testing.assert_close(loops[2].version.parameters - models[2].x.detach(), displacement)
-    assert loops[2]._weight == 2.0, "its two steps wait for the next round"
+    assert loops[2].replica.learned == 2.0, "its two steps wait for the next round"
 
     run.together(lambda peer: steps(models[int(peer.name[1])], inners[int(peer.name[1])], 4), peers)
     events = [json.loads(line) for line in (run.folder / "coordinator.jsonl").read_text().splitlines()]
@@ -343,7 +354,7 @@ def test_a_contribution_that_was_given_up_and_committed_all_the_same_counts_once
     slow.join(60)
     until(lambda: peers[0].progress.rounds == 1)
     first.flush()
-    assert first._weight == 0.0 and first.version.state_hash == second.version.state_hash
+    assert first.replica.learned == 0.0 and first.version.state_hash == second.version.state_hash
     torch.testing.assert_close(models[0].x.detach(), first.version.parameters)
     assert not torch.equal(models[0].x, before)
     assert run.coordinator is not None and run.coordinator.status().progress.tokens == 4
@@ -391,9 +402,7 @@ def test_state_goes_round_in_mid_flight(run: Run) -> None:
         steps(model, inner, 1)
         loop.load_state_dict(state)
         assert loop.steps == 6 and loop.state_dict().keys() == state.keys()
-        for key, value in loop.state_dict().items():
-            same = torch.equal(value, state[key]) if isinstance(value, torch.Tensor) else value == state[key]
-            assert same, key
+        assert equal(loop.state_dict(), state)
         with pytest.raises(CheckpointMismatch, match="fingerprint"):
             loop.load_state_dict(state | {"fingerprint": "other"})
         steps(model, inner, 2)
@@ -426,7 +435,7 @@ def test_state_goes_round_with_the_place_in_the_data(run: Run) -> None:
         forgotten = train(peer.shards(data, **shards), 1)
         loop.load_state_dict(state)
         assert {shard: at for shard, at in peer.cursors.items() if at} == cursors
-        assert loop._weight == state["weight"] == 10.0
+        assert loop.replica.learned == state["places"][0]["tokens"] == 10.0
         rest = train(peer.shards(data, **shards), 1000)
         assert set(forgotten) <= set(rest)
         given += rest
@@ -465,9 +474,9 @@ class Wrong:
 
     def __init__(self, version: int, *, always: bool = False) -> None:
         self.inner, self.version, self.always, self.calls, self.wrong = Nesterov(), version, always, 0, 0
-        self.description = self.inner.description
+        self.description, self.slots, self.linear = self.inner.description, self.inner.slots, self.inner.linear
 
-    def step(self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor) -> Any:
+    def step(self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor, taken: int = 0) -> Any:
         self.calls += 1
         parameters, momentum = self.inner.step(parameters, momentum, delta)
         if self.calls == self.version or (self.always and self.calls > self.version):
@@ -582,7 +591,7 @@ def test_a_peer_with_another_model_is_refused(run: Run) -> None:
     first, second = run.several(2)
     a, b = Quadratic(torch.zeros(37)), Quadratic(torch.zeros(38))
     with DiLoCo(a, inner_of(a), first):
-        with pytest.raises(ParityError, match="elements differs: 37 in the run, 38 on peer p1"):
+        with pytest.raises(ParityError, match=r"the models differ: x \[37\] in the run, x \[38\] on peer p1"):
             DiLoCo(b, inner_of(b), second).__enter__()
 
 

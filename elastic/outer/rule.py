@@ -1,0 +1,110 @@
+"""What an outer algorithm says: the equations, without the network.
+
+`advance` is replicated: every peer computes it from the same committed mean, under the bit rule. All else concerns one
+peer's own copy of the model. The algorithms (`diloco.py`, `streaming.py`, `delayed.py`, `co2.py`, `decoupled.py`) are
+rules of this kind; `replica.py` carries them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .compression import Compression
+from .feedback import Feedback, NoFeedback
+from .optimizers import Nesterov, OuterOptimizer
+from .state import Part, Version
+from .weighting import Tokens, Weighting
+
+WHOLE_ROUND = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a commit says beside the mean. scale: mean length of what was sent as directions. share: which part of those
+    who train has contributed.
+    """
+
+    scale: float = 1.0
+    share: float = 1.0
+
+
+PLAIN = Facts()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """name: of the algorithm. outer: the outer optimizer.
+
+    delay: inner steps between sending and applying; WHOLE_ROUND: until the next fragment is to be sent.
+    mix: how much of the local parameters stays when a round is applied (Streaming's alpha): 0 takes the outer ones.
+    takes_out: what is sent leaves the local parameters at once, which go on from the outer ones.
+    eager: a peer's own contribution acts at once, the others' when they arrive.
+    directional: contributions travel as directions, and their lengths apart from them.
+    combine: how contributions become one, as an operation of the data plane.
+    replicated: whether the outer state is bit-identical on all peers (gossip loops will say False).
+    """
+
+    name: str
+    outer: OuterOptimizer = field(default_factory=Nesterov)
+    compression: Compression = field(default_factory=Compression)
+    feedback: Feedback = field(default_factory=NoFeedback)
+    weighting: Weighting = field(default_factory=Tokens)
+    delay: int = 0
+    mix: float = 0.0
+    takes_out: bool = False
+    eager: bool = False
+    directional: bool = False
+    combine: str = "mean"
+    replicated: bool = True
+
+    @property
+    def description(self) -> str:
+        """All that peers must agree on, beside wire and fragments."""
+        parts = [self.outer.description, *self._options()]
+        for part, usual in ((self.feedback.description, "none"), (self.weighting.description, "tokens")):
+            parts += [part] if part != usual else []
+        parts += ["hadamard"] if self.compression.rotate else []
+        return f"{self.name}({', '.join(parts)})"
+
+    def _options(self) -> list[str]:
+        return []
+
+    @property
+    def slots(self) -> int:
+        """Vectors of a fragment's length that the outer state has beside the parameters."""
+        return self.outer.slots + self.feedback.slots
+
+    def begin(self, parameters: torch.Tensor) -> Version:
+        """Version 0."""
+        return Version(0, parameters, torch.zeros(self.slots * parameters.numel()))
+
+    def advance(self, version: Version, mean: torch.Tensor, part: Part, facts: Facts = PLAIN) -> Version:
+        """The next version, from the committed mean of what was sent."""
+        n, own = part.elements, self.outer.slots * part.elements
+        slot = version.momentum[own:] if self.feedback.slots else None
+        delta, slot = self.feedback.combined(self.compression.received(mean), slot, share=facts.share)
+        delta = self.direct(delta, facts.scale) if self.directional else delta
+        parameters, momentum = self.step(version.parameters, version.momentum[:own], delta, version.number)
+        if part.averaged < n:  # buffers are averaged as they are
+            learned = part.averaged
+            torch.sub(version.parameters[learned:], delta[learned:], out=parameters[learned:])
+            momentum.view(-1, n)[:, learned:] = 0
+        if slot is not None:
+            momentum = torch.cat([momentum, slot])
+        return Version(version.number + 1, parameters, momentum)
+
+    def step(
+        self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor, taken: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outer step. Under the bit rule."""
+        return self.outer.step(parameters, momentum, delta, taken)
+
+    def direct(self, mean: torch.Tensor, scale: float) -> torch.Tensor:
+        """From the mean of directions and the mean length, the pseudo-gradient. Under the bit rule."""
+        raise NotImplementedError
+
+    def merge(self, local: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+        """What the local parameters become once a round with this peer's contribution is applied."""
+        return torch.add(torch.mul(local, self.mix), torch.mul(outer, 1.0 - self.mix))
