@@ -528,7 +528,7 @@ class Rounds:
             contributors=contributors,
             **_merged(giving),
             tokens=sum(proposal.counts for proposal in giving),
-            scale=rounds.mean_length(giving),
+            scale=rounds.mean_length((each.weight, each.length) for each in giving),
             share=self._share(operation, contributors),
             digest=digest,
             skipped=skipped,

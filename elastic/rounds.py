@@ -106,9 +106,9 @@ def scalars(op: str, weights: Iterable[float], dtype: str = "float32") -> tuple[
     return multipliers, rounded(sum(multipliers))
 
 
-def mean_length(giving: Iterable[Propose]) -> float:
-    """The weighted mean of the lengths of what was sent as directions, as a float32; 1 if nothing was."""
-    pairs = [(each.weight, each.length) for each in giving if each.length > 0]
+def mean_length(lengths: Iterable[tuple[float, float]]) -> float:
+    """Of (weight, length) of what was sent as directions, the weighted mean length, as a float32; 1 of nothing."""
+    pairs = [(weight, length) for weight, length in lengths if length > 0]
     total = sum(weight for weight, _ in pairs)
     return float32(sum(weight * length for weight, length in pairs) / total) if total else 1.0
 

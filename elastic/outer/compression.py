@@ -55,6 +55,10 @@ class Compression:
     def description(self) -> str:
         return f"{self.wire}+hadamard" if self.rotate else self.wire
 
+    def size(self, elements: int) -> int:
+        """Bytes that so many numbers take on the wire."""
+        return WIRES[self.wire].size(elements)
+
     def sent(self, x: torch.Tensor) -> torch.Tensor:
         """What is handed to the exchange for x, a flat float32 CPU tensor: x itself, or a new tensor of its length."""
         return _rotated(x) if self.rotate else x

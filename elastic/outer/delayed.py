@@ -43,9 +43,7 @@ def rule(outer: OuterOptimizer | None = None, *, eager: bool = False, **options:
     """The equations above. options: fields of `Rule`. Raises ConfigurationError for what diverges."""
     outer = outer or Nesterov(lr=0.4, momentum=0.9)
     if eager and not outer.linear:
-        raise ConfigurationError(
-            f"eager updates need an outer optimizer that is linear, which {outer.description} isn't"
-        )
+        raise ConfigurationError(f"eager updates need a linear outer optimizer, not {outer.description}")
     reach = getattr(outer, "lr", 0.0) / (1 - getattr(outer, "momentum", 0.0))
     if not eager and reach > LONGEST_STEP + 1e-9:
         raise ConfigurationError(

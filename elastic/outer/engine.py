@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from collectives.wires import WIRES
-
 from ..checkpoints import Checkpoints
 from ..checkpoints.entries import Outer
 from ..errors import (
@@ -504,7 +502,7 @@ class OuterLoop:
     def _proposal(self, flight: Flight) -> Propose:
         part = self.layout.parts[flight.fragment]
         spec = replace(self.spec, elements=part.elements)
-        self._counts["bytes_offered"] += _wire_bytes(spec)
+        self._counts["bytes_offered"] += self.replica.rule.compression.size(part.elements)
         return self.peer.proposal(
             self.tag,
             spec,
@@ -886,10 +884,6 @@ def _check_whole(**values: Any) -> None:
 
 def _smoothed(before: float, now: float) -> float:
     return now if before == 0 else before + SMOOTHING * (now - before)
-
-
-def _wire_bytes(spec: OperationSpec) -> int:
-    return WIRES[spec.wire].size(spec.elements)
 
 
 def _first_infinite(named: tuple[tuple[str, tuple[int, ...]], ...], flat: torch.Tensor) -> str:

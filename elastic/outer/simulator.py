@@ -1,0 +1,139 @@
+"""Several replicas of an outer loop in one process, in lockstep: the same code as over the network, without one.
+
+For quality studies and property tests, and for trying an algorithm out. What is exchanged goes through the real wire
+formats, is summed in the order of the replicas in float32, divided, and rounded once more for the way back, as the
+data plane's direct pattern does it; every peer gets the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..rounds import float32, mean_length, scalars
+from .cadence import Cadence, Moment, cadence_of
+from .compression import Compression
+from .replica import Flight, Replica
+from .rule import Facts, Rule
+from .state import Layout
+
+
+@dataclass
+class _Flying:
+    """A round under way: who takes part in it."""
+
+    flights: dict[int, Flight]
+
+
+class Simulator:
+    """models: one for each replica, equal at first. rule, sync_every, fragments, cut, gather_wire: as for the loops.
+
+    received: called as received(turn, replica) in the turn-th exchange (skipped ones count): whether that contribution
+    arrives; without it, all do. Who is left out
+    keeps what it has learned, as in a run (rule 5). sent: bytes of all contributions so far, as they travel.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        rule: Rule,
+        *,
+        sync_every: int | str | Cadence = 100,
+        fragments: int = 1,
+        cut: str = "strided",
+        gather_wire: str = "",
+        buffers: bool = False,
+        received: Callable[[int, int], bool] = lambda turn, replica: True,
+        max_staleness: int = 4,
+    ) -> None:
+        self.rule, self.cadence, self.received = rule, cadence_of(sync_every), received
+        self.gather = Compression(wire=gather_wire or rule.compression.wire)
+        self.max_staleness = max_staleness
+        self.replicas = [Replica(Layout(m, fragments=fragments, how=cut, buffers=buffers), rule) for m in models]
+        first = self.replicas[0].begin()
+        for replica in self.replicas:
+            replica.state, replica.share = first, 1.0 / len(models)
+            replica.reset()
+        self.sent = 0
+        self.rounds: list[tuple[int, tuple[int, ...]]] = []
+        self._flying: _Flying | None = None
+
+    @property
+    def number(self) -> int:
+        """Committed rounds."""
+        return self.replicas[0].state.number
+
+    def stepped(self, tokens: Iterable[float] | float = 1.0, progress: float = 0.0) -> None:
+        """Every replica's inner optimizer has made a step. tokens: of each, or of all alike; 0: it has made none."""
+        each = [tokens] * len(self.replicas) if isinstance(tokens, (int, float)) else list(tokens)
+        for replica, count in zip(self.replicas, each, strict=True):
+            if count:
+                replica.stepped(count)
+        if self._flying and any(replica.landing for replica in self.replicas):
+            self.land()
+        if any(self._due(replica, progress) for replica in self.replicas):
+            self.exchange(wait=self.rule.delay == 0)
+
+    def _due(self, replica: Replica, progress: float) -> bool:
+        fragments = len(replica.layout.parts)
+        moment = Moment(round=self.number, fragments=fragments, steps=replica.since, seconds=0.0, progress=progress)
+        return self.cadence.due(moment)
+
+    def exchange(self, *, wait: bool = True) -> None:
+        """Launches the next round, and lands it unless there is a delay."""
+        self.land()
+        flights = {i: replica.launch() for i, replica in enumerate(self.replicas) if replica.learned > 0}
+        self._flying = _Flying(flights)
+        if wait:
+            self.land()
+
+    def flush(self) -> None:
+        """Exchanges what is left of every fragment, and loads the outer parameters into all models."""
+        self.land()
+        for _ in self.replicas[0].layout.parts:
+            if any(replica.learned > 0 for replica in self.replicas):
+                self.exchange()
+        for replica in self.replicas:
+            replica.load_outer()
+
+    def land(self) -> None:
+        """Commits the round under way, if there is one, with those whose contributions arrive."""
+        if self._flying is None:
+            return
+        flights, self._flying = self._flying.flights, None
+        turn = len(self.rounds)
+        giving = {i: f for i, f in flights.items() if f.weight > 0 and f.finite and self.received(turn, i)}
+        self.rounds.append((self.number, tuple(giving)))
+        if not giving:
+            for replica in self.replicas:
+                replica.abort()
+            return
+        mean = self._mean(list(giving.values()))
+        lengths = [(flight.weight, flight.length) for flight in giving.values()]
+        facts = Facts(mean_length(lengths), float32(len(giving) / len(self.replicas)))
+        for i, replica in enumerate(self.replicas):
+            self._apply(replica, mean, i in giving, facts, len(giving))
+
+    def _apply(self, replica: Replica, mean: torch.Tensor, counted: bool, facts: Facts, contributors: int) -> None:
+        fragment = replica.state.next
+        if counted:
+            replica.land(mean, counted=True, facts=facts)
+        else:
+            replica.abort()
+            replica.follow(mean, facts=facts)
+        replica.share = 1.0 / contributors
+        if replica.places[fragment].missed > self.max_staleness:
+            replica.reset()
+
+    def _mean(self, flights: list[Flight]) -> torch.Tensor:
+        wire = Compression(wire=self.rule.compression.wire)  # what is sent has been rotated by then
+        multipliers, divisor = scalars("mean", (flight.weight for flight in flights))
+        total = torch.zeros_like(flights[0].payload)
+        for index, (flight, multiplier) in enumerate(zip(flights, multipliers, strict=True)):
+            self.sent += wire.size(flight.payload.numel())
+            term = torch.mul(wire.approximated(flight.payload), multiplier)
+            total = term if index == 0 else torch.add(total, term)
+        mean = torch.div(total, divisor) if divisor != 1 else total
+        return self.gather.approximated(mean)
