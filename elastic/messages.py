@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 
-from collectives.records import Abort, LinkFailure, Member, Start
+from collectives.records import Abort, LinkFailure, Member, Start, WireRun
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -136,6 +136,8 @@ class Propose(Message):
     cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
     leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
     starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
+    wires: how ranges of a sum of float32 should travel; an attempt takes the wires of its first contributor that has
+    some (planning.valid_wires). Empty: as the spec says.
     """
 
     tag: str
@@ -150,6 +152,7 @@ class Propose(Message):
     receiver: bool = False
     leaving: bool = False
     starts: dict[int, int] = field(default_factory=dict)
+    wires: tuple[WireRun, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
