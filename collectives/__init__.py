@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OperationRecord,
         Progress,
         Start,
+        WireRun,
     )
     from collectives.sockets import LinkOptions
 
@@ -33,7 +34,7 @@ _HOMES = {
         ("Abort", "Done", "Failed", "Identity", "LinkFailure", "LinkRecord", "Member", "OperationRecord", "Progress"),
         "records",
     ),
-    "Start": "records",
+    **dict.fromkeys(("Start", "WireRun"), "records"),
     "FrameError": "frames",
     "LinkOptions": "sockets",
     **dict.fromkeys(("FetchError", "Partial", "SourceRecord"), "fetching"),
@@ -59,6 +60,7 @@ __all__ = [
     "Progress",
     "SourceRecord",
     "Start",
+    "WireRun",
 ]
 
 

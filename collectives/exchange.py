@@ -170,9 +170,6 @@ class Attempt:
         self._source, self._result = source, result
         self._read_from = (source_span(start, self.me) or (0, 0))[0]
         self._write_from = result_span(start, self.me)[0]
-        self._wire = None if start.wire in LOSSLESS else WIRES[start.wire]
-        gather = start.gather_wire or start.wire
-        self._gather_wire = None if gather in LOSSLESS else WIRES[gather]
         self._direct = start.pattern == "direct"
         self._plan_arithmetic(start)
         self.chunks = chunks_of(start, host.options.chunk_bytes)
@@ -200,7 +197,9 @@ class Attempt:
         """How many chunks each contributor may send to an owner before the owner has added any."""
         limit = self.host.options.chunk_bytes
         size = min(start.chunk_bytes or limit, limit)
-        kept = size if self._wire is None else self._wire.size(size // 4)
+        kept = size if start.wire in LOSSLESS else WIRES[start.wire].size(size // 4)
+        if start.wires:
+            kept = max(self._size(chunk, chunk.wire) for chunk in self.chunks)
         return max(2, self.host.options.pool_bytes // kept // max(1, len(start.contributors) - 1))
 
     def _plan_arithmetic(self, start: Start) -> None:
@@ -508,7 +507,7 @@ class Attempt:
     ) -> Outgoing:
         chunk, gather = self.chunks[index], kind is Kind.GATHER
         numbers = self._own(chunk) if not gather and self._is_source(chunk) else self._place(chunk)
-        wire = self._gather_wire if gather else self._wire
+        wire = chunk.gather_wire if gather else chunk.wire
         if gather and (encoded := self._encoded.get(index)) is not None:
             numbers, wire = encoded, None
         return Outgoing(
@@ -561,7 +560,7 @@ class Attempt:
             if peer.link is not link or not self._claim(peer, header):
                 return None
             if header.kind is Kind.GATHER:
-                part = Part(self, peer, header, self._room(chunk, self._gather_wire))
+                part = Part(self, peer, header, self._room(chunk, chunk.gather_wire))
             else:
                 part = self._place_term(peer, header, chunk)
         if self.lease.acquire():
@@ -572,7 +571,7 @@ class Attempt:
     def _check_frame(self, header: Header, peer: Peer, chunk: Chunk) -> None:
         way, gather = self.routes[chunk.owner], header.kind is Kind.GATHER
         right = way.above == peer.index if gather else peer.index in way.terms
-        size = self._size(chunk, self._gather_wire if gather else self._wire)
+        size = self._size(chunk, chunk.gather_wire if gather else chunk.wire)
         if not right or peer.index < 0 or header.length != size:
             raise FrameError(f"chunk {header.chunk} from {peer.member.name} has the wrong owner or length")
 
@@ -598,9 +597,9 @@ class Attempt:
     def _place_term(self, peer: Peer, header: Header, chunk: Chunk) -> Part:
         index, position = header.chunk, self.routes[chunk.owner].terms.index(peer.index)
         early = self._turn[index] != position
-        streamed = not early and self._wire is None and (position > 0 or self._own_next(chunk, position))
+        streamed = not early and chunk.wire is None and (position > 0 or self._own_next(chunk, position))
         in_place = position == 0 and not early and not streamed
-        view = self._room(chunk, self._wire) if in_place else None
+        view = self._room(chunk, chunk.wire) if in_place else None
         return Part(self, peer, header, view, early=early, streamed=streamed)
 
     def _own_next(self, chunk: Chunk, position: int) -> bool:
@@ -613,10 +612,9 @@ class Attempt:
         terms = self.routes[chunk.owner].terms
         return len(terms) > 1 and terms[0] == self.me
 
-    @property
-    def _own_is_plain(self) -> bool:
+    def _own_is_plain(self, chunk: Chunk) -> bool:
         """A first term that is the source itself needs no copy: the second is added to it."""
-        return self._wire is None and self._own_multiplier == 1
+        return chunk.wire is None and self._own_multiplier == 1
 
     def dispose(self, part: Part) -> None:
         """A part's buffer is free again."""
@@ -651,8 +649,8 @@ class Attempt:
     def _take_result(self, index: int, part: Part, digest: int) -> None:
         chunk = self.chunks[index]
         self._digests[index] = digest
-        if self._gather_wire is not None:
-            self._gather_wire.decode(part.view, self._place(chunk))
+        if chunk.gather_wire is not None:
+            chunk.gather_wire.decode(part.view, self._place(chunk))
             self.dispose(part)
         if self.routes[chunk.owner].down:
             with self.condition:
@@ -717,11 +715,11 @@ class Attempt:
         out, multiplier = self._place(chunk)[piece], self._multipliers[part.peer.index] if self._direct else None
         if position == 1 and self._own_first(chunk):
             base = self._own(chunk)[piece]
-            if not self._own_is_plain:
+            if not self._own_is_plain(chunk):
                 self._accumulate(0, base, out, out, self._own_multiplier)
                 base = out
             self._accumulate(1, numbers, base, out, multiplier)
-        elif position == 0 and self._own_is_plain and (multiplier is None or multiplier == 1):
+        elif position == 0 and self._own_is_plain(chunk) and (multiplier is None or multiplier == 1):
             self._accumulate(1, self._own(chunk)[piece], numbers, out, None)
         else:
             self._accumulate(position, numbers, out, out, multiplier)
@@ -747,14 +745,14 @@ class Attempt:
         chunk, position = self.chunks[index], self._position(index, part.peer.index)
         multiplier = self._multipliers[part.peer.index] if self._direct else None
         second = position == 1 and self._own_first(chunk)
-        if second and not self._own_is_plain:
+        if second and not self._own_is_plain(chunk):
             self._add_own(index)
-        if self._wire is None:
+        if chunk.wire is None:
             numbers: Array = np.frombuffer(part.view, dtype=self._result.dtype)
-            base = self._own(chunk) if second and self._own_is_plain else self._place(chunk)
+            base = self._own(chunk) if second and self._own_is_plain(chunk) else self._place(chunk)
             self._accumulate(position, numbers, base, self._place(chunk), multiplier)
         else:
-            self._add_encoded(chunk, position, part.view, self._wire, multiplier)
+            self._add_encoded(chunk, position, part.view, chunk.wire, multiplier)
         self.dispose(part)
         self._credit(part.peer)
 
@@ -768,13 +766,13 @@ class Attempt:
     def _add_own(self, index: int) -> None:
         chunk = self.chunks[index]
         out, position = self._place(chunk), self._position(index, self.me)
-        if self._wire is None or self.start.op in ("broadcast", "all_gather"):
+        if chunk.wire is None or self.start.op in ("broadcast", "all_gather"):
             self._accumulate(position, self._own(chunk), out, out, self._own_multiplier)
             return
         buffer = self.host.pool.take()
         try:
-            encoded = self._wire.encode(self._own(chunk), buffer)
-            self._add_encoded(chunk, position, encoded, self._wire, self._own_multiplier)
+            encoded = chunk.wire.encode(self._own(chunk), buffer)
+            self._add_encoded(chunk, position, encoded, chunk.wire, self._own_multiplier)
         except ValueError as error:
             self._refused(chunk.start, error)
         self.host.pool.give(buffer)
@@ -823,14 +821,14 @@ class Attempt:
             with np.errstate(all="ignore"):
                 np.divide(out, self._divisor, out=out)
             self._hashed[index] = False
-        if self._gather_wire is None:
+        if chunk.gather_wire is None:
             if self.host.options.checksum and not self._hashed[index]:
                 self._digests[index] = frames.checksum(out.data.cast("B"))
             return out
         buffer = self.host.pool.take()
         try:
-            encoded = self._gather_wire.encode(out, buffer)
-            self._gather_wire.decode(encoded, out)
+            encoded = chunk.gather_wire.encode(out, buffer)
+            chunk.gather_wire.decode(encoded, out)
             self._digests[index] = frames.checksum(encoded) if self.host.options.checksum else 0
             return self._keep(index, encoded)
         except ValueError as error:

@@ -9,17 +9,18 @@ the tree pattern both are the tree that the Start names.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from collectives.records import Member, Start
-from collectives.wires import WIRES
+from collectives.records import BLOCK, Member, Start, WireRun, fits
+from collectives.wires import WIRES, Wire
 
 _ALIGN = 16  # elements: one cache line of float32
-SMALLEST = _ALIGN * 8  # bytes: a chunk may have no less, whatever the type
+SMALLEST = max(_ALIGN * 8, BLOCK * 4)  # bytes: a chunk may have no less, whatever the type and the wire
 REDUCTIONS = ("sum", "min", "max")
 OPS = (*REDUCTIONS, "reduce_scatter", "broadcast", "all_gather")
 PATTERNS = ("direct", "ring", "tree")
@@ -27,12 +28,20 @@ DTYPES = ("float32", "float64", "int8", "uint8", "int16", "int32", "int64")
 LOSSLESS = ("f32", "raw")
 
 
+_Way = tuple[int, Wire | None, Wire | None]  # where it ends; how contributions travel, and the result
+
+
 class Chunk(NamedTuple):
-    """Elements [start, stop), owned (reduced) by the contributor of index `owner`."""
+    """Elements [start, stop), owned (reduced) by the contributor of index `owner`.
+
+    wire, gather_wire: how contributions travel, and how the result does; None: as the bits that they are.
+    """
 
     owner: int
     start: int
     stop: int
+    wire: Wire | None = None
+    gather_wire: Wire | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,29 +64,59 @@ def partition(elements: int, shares: tuple[float, ...], limit: int) -> tuple[Chu
     Every element lies in exactly one chunk; an owner with share 0 owns nothing; the same arguments give the same
     chunks on every machine.
     """
+    return _cut(_ends(elements, shares, _ALIGN), [(elements, None, None)], limit, _ALIGN)
+
+
+def _ends(elements: int, shares: tuple[float, ...], align: int) -> list[int]:
+    """Where what each contributor owns ends."""
     last = max(index for index, share in enumerate(shares) if share > 0)
-    ends = [min(elements, round(part * elements / _ALIGN) * _ALIGN) for part in accumulate(shares)]
+    ends = [min(elements, round(part * elements / align) * align) for part in accumulate(shares)]
     ends[last:] = [elements] * (len(shares) - last)
-    return _cut(ends, limit)
+    return ends
 
 
-def _cut(ends: list[int], limit: int) -> tuple[Chunk, ...]:
+def _cut(ends: list[int], ways: list[_Way], limit: int, align: int) -> tuple[Chunk, ...]:
+    """Even chunks between where owners change and where wires do."""
     chunks: list[Chunk] = []
-    for owner, (start, stop) in enumerate(pairwise((0, *ends))):
+    stops = [way[0] for way in ways]
+    for start, stop in pairwise(sorted({0, *ends, *stops})):
+        owner, (_, wire, gather) = bisect_right(ends, start), ways[bisect_right(stops, start)]
         pieces = math.ceil((stop - start) / limit)
-        step = math.ceil((stop - start) / pieces / _ALIGN) * _ALIGN if pieces else 1
-        chunks += [Chunk(owner, at, min(at + step, stop)) for at in range(start, stop, step)]
+        step = math.ceil((stop - start) / pieces / align) * align
+        chunks += [Chunk(owner, at, min(at + step, stop), wire, gather) for at in range(start, stop, step)]
     return tuple(chunks)
 
 
 def chunks_of(start: Start, chunk_bytes: int) -> tuple[Chunk, ...]:
-    """All chunks of an operation, in order. chunk_bytes: the limit of the group."""
+    """All chunks of an operation, in order. chunk_bytes: the limit of the group.
+
+    If a wire has blocks, chunks begin at multiples of them (of what a segment leaves, from its own beginning on): the
+    blocks of all chunks are those of the whole, and encoding that in one piece comes to the same.
+    """
     size = np.dtype(start.dtype).itemsize
+    ways = _ways(start)
+    align = max((_ALIGN, *(wire.block for way in ways for wire in way[1:] if wire is not None)))
     chosen = min(start.chunk_bytes or chunk_bytes, chunk_bytes)
-    limit = max(_ALIGN, chosen // max(size, 4) // _ALIGN * _ALIGN)
-    if start.segments:
-        return _cut(list(accumulate(start.segments)), limit)
-    return partition(start.elements, start.shares, limit)
+    limit = max(align, chosen // max(size, 4) // align * align)
+    ends = list(accumulate(start.segments)) or _ends(start.elements, start.shares, align)
+    return _cut(ends, ways, limit, align)
+
+
+def runs_of(start: Start) -> tuple[WireRun, ...]:
+    """How numbers travel, range by range."""
+    return start.wires or (WireRun(elements=start.elements, wire=start.wire, gather_wire=start.gather_wire),)
+
+
+def _ways(start: Start) -> list[_Way]:
+    runs = runs_of(start)
+    stops = accumulate(run.elements for run in runs)
+    return [
+        (stop, _coder(run.wire), _coder(run.gather_wire or run.wire)) for stop, run in zip(stops, runs, strict=True)
+    ]
+
+
+def _coder(name: str) -> Wire | None:
+    return None if name in LOSSLESS else WIRES[name]
 
 
 def segment_of(start: Start, index: int) -> tuple[int, int]:
@@ -142,17 +181,30 @@ def check(start: Start, me: Member, run: str) -> None:
 
 def _check_kind(start: Start) -> None:
     known = start.pattern in PATTERNS and start.op in OPS and start.dtype in DTYPES
-    wires = {start.wire, start.gather_wire or start.wire}
+    wires = {name for run in runs_of(start) for name in (run.wire, run.gather_wire or run.wire)}
     own = "f32" if start.dtype == "float32" else "raw"
     allowed = set(WIRES) - {"raw"} if start.dtype == "float32" else {"raw"}
     if not known or not wires <= allowed:
         raise ValueError(
-            f"pattern={start.pattern!r}, op={start.op!r}, dtype={start.dtype!r}, wire={start.wire!r}, "
-            f"gather_wire={start.gather_wire!r} is not supported: use a pattern of {PATTERNS}, an op of {OPS}, a dtype "
-            f"of {DTYPES}, and for float32 a wire of {sorted(set(WIRES) - {'raw'})}, for the others 'raw'"
+            f"pattern={start.pattern!r}, op={start.op!r}, dtype={start.dtype!r}, wires {sorted(wires)} are not "
+            f"supported: use a pattern of {PATTERNS}, an op of {OPS}, a dtype of {DTYPES}, and for float32 wires of "
+            f"{sorted(set(WIRES) - {'raw'})}, for the others 'raw'"
         )
     if start.pattern != "direct" and (wires != {own} or start.op == "reduce_scatter"):
         raise ValueError(f"pattern {start.pattern!r} needs the lossless wire {own!r} and no reduce_scatter")
+    if start.wires:
+        _check_wires(start)
+
+
+def _check_wires(start: Start) -> None:
+    if start.op != "sum" or start.dtype != "float32":
+        raise ValueError(f"only sums of float32 have wires by ranges, not {start.op!r} of {start.dtype}")
+    if not fits(start.wires, start.elements):
+        lengths = [run.elements for run in start.wires]
+        raise ValueError(
+            f"wires must cover {start.elements} elements, in ranges above 0 that are multiples of {BLOCK} up to the "
+            f"last one, got {lengths[:8]}{'...' if len(lengths) > 8 else ''} ({sum(lengths)})"
+        )
 
 
 def _check_numbers(start: Start) -> None:

@@ -7,8 +7,13 @@ send them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
+
+# Numbers that share one step in a quantised wire; ranges and chunks of such begin at multiples of it. An int4 of normal
+# numbers is a tenth more exact than with 256, for 3 % more bytes.
+BLOCK = 128
 
 
 class Identity(NamedTuple):
@@ -42,6 +47,21 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WireRun:
+    """How the next so many elements of an operation travel. gather_wire: of their sums; "" for the same as `wire`."""
+
+    elements: int
+    wire: str
+    gather_wire: str = ""
+
+
+def fits(runs: Iterable[WireRun], elements: int) -> bool:
+    """Whether the runs, end to end, cover so many elements; none is empty, and all but the last are whole blocks."""
+    lengths = [run.elements for run in runs]
+    return sum(lengths) == elements and min(lengths, default=1) > 0 and not any(each % BLOCK for each in lengths[:-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """The orders for one attempt, equal on every member of it.
 
@@ -62,6 +82,8 @@ class Start:
     sequences: for each contributor, then each receiver, which of its own proposals under the tag this attempt takes:
         so that a member that has given one up does not answer for it with the next.
     elements: length of the flat tensor. dtype: of source and result. wire: how numbers travel.
+    wires: of a sum of float32, for ranges of their own, one after the other; `wire` and `gather_wire` then say nothing.
+        They cover all elements, each but the last a multiple of BLOCK. Empty: all travel alike.
     """
 
     run: str
@@ -83,6 +105,7 @@ class Start:
     op: str = "sum"
     wire: str = "f32"
     gather_wire: str = ""
+    wires: tuple[WireRun, ...] = ()
     chunk_bytes: int = 0
     dtype: str = "float32"
     elements: int

@@ -11,7 +11,7 @@
 
 f32, bf16 and f16 carry NaN and infinities as values. int8, int4 and e3m0 refuse them (`NonFinite`): one would spoil its
 block. Those three cut the numbers into blocks of 128, the last of which may be short, and give each block one float32
-step: every number becomes `level * step`, rounded once, at the level nearest to it. All three are defined by `_BLOCK`
+step: every number becomes `level * step`, rounded once, at the level nearest to it. All three are defined by `BLOCK`
 and their levels; e3m0 (1 sign bit, 3 exponent bits, no mantissa) is the format of Streaming DiLoCo (arXiv:2501.18512),
 which leaves the scale open. On the wire: the steps, then the levels; of two 4-bit numbers in one byte the first has the
 low bits; bit 3 is the sign. What holds for these three:
@@ -40,13 +40,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from collectives.records import BLOCK
+
 Floats = NDArray[np.float32]
 
-# Numbers that share one step: an int4 of normal numbers is a tenth more exact than with 256, for 3 % more bytes.
-_BLOCK = 128
 # Larger pieces make torch start its own thread pool in every one of our threads; a reduction does so from 32768 on.
 _ROWS = 255
-_PIECE = _ROWS * _BLOCK
+_PIECE = _ROWS * BLOCK
 # Blocks below are zeros: 2^-118 / 127 > 2^-125, so that half a step is no denormal and no denormal reaches it.
 _SMALLEST = np.float32(2.0**-118)
 # The largest float32 itself would be infinity after a division by 127 and a multiplication.
@@ -65,10 +65,15 @@ class NonFinite(ValueError):
 
 
 class Wire(Protocol):
-    """One format. lossless: decoding gives back the very bits that were encoded. Any thread may use it at any time."""
+    """One format. Any thread may use it at any time.
+
+    lossless: decoding gives back the very bits that were encoded. block: ranges that begin at multiples of it are
+    encoded as if each were alone.
+    """
 
     name: str
     lossless: bool
+    block: int
 
     def size(self, elements: int) -> int:
         """Bytes that so many float32 numbers take on the wire."""
@@ -94,6 +99,7 @@ class Float32:
 
     name = "f32"
     lossless = True
+    block = 1
 
     def size(self, elements: int) -> int:
         return 4 * elements
@@ -109,6 +115,7 @@ class HalfWidth:
     """Two bytes a number: bfloat16 (8 bits of precision, range of float32) or float16 (11 bits; above 65504: inf)."""
 
     lossless = False
+    block = 1
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
@@ -150,7 +157,7 @@ class _Workspace(threading.local):
         with torch.inference_mode(False):  # what the first caller's mode is must not stay with the memory
             floats = torch.empty(_PIECE, dtype=torch.float32, device="cpu")
             self.index = torch.empty(_PIECE // 2, dtype=torch.int32, device="cpu")
-            self.rows, self.pairs = floats.view(-1, _BLOCK), floats.view(torch.int64)
+            self.rows, self.pairs = floats.view(-1, BLOCK), floats.view(torch.int64)
         self.floats: Floats = floats.numpy()
         self.indices: NDArray[np.int32] = self.index.numpy()
         self.levels: NDArray[np.int8] = np.empty(_PIECE, dtype=np.int8)
@@ -167,6 +174,7 @@ class _Blocks:
     """What the quantised wires share: the steps, and the walk over pieces."""
 
     lossless = False
+    block = BLOCK
 
     def __init__(self, name: str, peak: int, per_step: int) -> None:
         """peak: the largest level. per_step: `_pack` wants numbers in units of step / per_step."""
@@ -174,7 +182,7 @@ class _Blocks:
         self._peak, self._per_step = np.float32(peak), np.float32(per_step)
 
     def size(self, elements: int) -> int:
-        return 4 * -(-elements // _BLOCK) + self._packed(elements)
+        return 4 * -(-elements // BLOCK) + self._packed(elements)
 
     def encode(self, numbers: Floats, scratch: memoryview) -> memoryview:
         data = scratch[: self.size(numbers.size)]
@@ -235,14 +243,14 @@ class _Blocks:
 
 def _parts(data: memoryview, elements: int) -> tuple[Floats, NDArray[np.uint8]]:
     """The steps and the bytes of the levels in an encoding."""
-    steps = -(-elements // _BLOCK)
+    steps = -(-elements // BLOCK)
     return np.frombuffer(data, np.float32, steps), np.frombuffer(data, np.uint8, offset=4 * steps)
 
 
 def _cut(numbers: Floats) -> list[torch.Tensor]:
     """One block a row, at most _PIECE numbers a piece; a short last block is a piece of its own."""
-    rows, rest = divmod(numbers.size, _BLOCK)
-    whole = numbers[: rows * _BLOCK].reshape(-1, _BLOCK)
+    rows, rest = divmod(numbers.size, BLOCK)
+    whole = numbers[: rows * BLOCK].reshape(-1, BLOCK)
     pieces = [torch.from_numpy(whole[first : first + _ROWS]) for first in range(0, rows, _ROWS)]
     if rest:
         pieces.append(torch.from_numpy(numbers[-rest:].reshape(1, rest)))
@@ -339,3 +347,23 @@ WIRES: dict[str, Wire] = {
 def round_trip(wire: Wire, numbers: Floats, scratch: memoryview, out: Floats) -> None:
     """What a receiver of `numbers` would hold, written into `out`; `out` may be `numbers`."""
     wire.decode(wire.encode(numbers, scratch), out)
+
+
+def approximated(name: str, numbers: torch.Tensor) -> torch.Tensor:
+    """What a receiver of `numbers` (flat float32, on the CPU) would hold: the same if they travel whole or in chunks.
+
+    The tensor is a new one; a wire without loss gives `numbers` itself. NonFinite if the wire cannot carry them.
+    """
+    wire = WIRES[name]
+    if wire.lossless:
+        return numbers
+    source, out = numbers.detach().contiguous().numpy(), torch.empty(numbers.numel())
+    target = out.numpy()
+    scratch = memoryview(bytearray(scratch_bytes(min(_PIECE, source.size))))
+    for start in range(0, source.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        try:
+            round_trip(wire, source[piece], scratch, target[piece])
+        except NonFinite as error:
+            raise NonFinite(name, start + error.offset, error.value) from None
+    return out

@@ -300,7 +300,8 @@ class Rounds:
         """Writes the orders for the attempt that begins."""
         spec, names = operation.spec, plan.names
         given = tuple(operation.proposals[name].spec.elements for name in names)
-        fields, operation.segments = planning.orders(spec, plan, given)
+        offered = [operation.proposals[name].wires for name in names]
+        fields, operation.segments = planning.orders(spec, plan, given, offered)
         multipliers, divisor = rounds.scalars(spec.op, (weights[name] for name in names), fields["dtype"])
         operation.start = Start(
             run=self._roster.run,

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 
-from collectives.records import Abort, LinkFailure, Member, Start
+from collectives.records import Abort, LinkFailure, Member, Start, WireRun
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -139,10 +139,16 @@ class Propose(Message):
     base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
     cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
     leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
+<<<<<<< HEAD
     starts: for each shard, how many of them stood behind earlier ones: for the audit.
     tokens: trained since this peer's last contribution, of whatever fragment: what the run counts; -1: the weight.
     length: of what is sent as a direction. quorum, grace: how many peers open this round, and how many seconds it then
     waits for the others; 0 and -1: as the run's policy and timeouts say.
+=======
+    starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
+    wires: how ranges of a sum of float32 should travel; an attempt takes the wires of its first contributor that has
+    some (planning.valid_wires). Empty: as the spec says.
+>>>>>>> helper-a
     """
 
     tag: str
@@ -161,6 +167,7 @@ class Propose(Message):
     length: float = 0.0
     quorum: int = 0
     grace: float = -1.0
+    wires: tuple[WireRun, ...] = ()
 
     @property
     def counts(self) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from collectives import topology
+from collectives.records import WireRun, fits
 from collectives.sockets import NEAR
 from collectives.topology import Matrix, Plan
 from collectives.tuning import fine_chunk
@@ -30,6 +31,7 @@ LARGE = 8 << 20  # bytes from which a ring costs near hosts less than its hops: 
 FASTEST = 500e6  # bytes/s: above this, hosts and not paths set the pace, and nothing is to be planned
 
 WIRE_BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "int8": 1.0, "int4": 0.5, "e3m0": 0.5}
+MAX_RUNS = 4096  # of wires in one start, which goes to every member in one message
 DTYPE_BYTES = {"float64": 8, "int64": 8, "int16": 2, "int8": 1, "uint8": 1}
 
 
@@ -152,9 +154,26 @@ def segmented(spec: OperationSpec) -> bool:
     return spec.op == "all_gather" or spec.algorithm == "reduce_scatter"
 
 
-def orders(spec: OperationSpec, plan: Plan, given: tuple[int, ...]) -> tuple[dict[str, Any], tuple[int, ...]]:
+def valid_wires(runs: tuple[WireRun, ...], elements: int) -> bool:
+    """Whether a sum of so many float32 numbers can travel in these runs: they cover it, in wires that are known."""
+    known = all({run.wire, run.gather_wire or run.wire} <= WIRE_BYTES.keys() for run in runs)
+    return 0 < len(runs) <= MAX_RUNS and known and fits(runs, elements)
+
+
+def chosen_wires(spec: OperationSpec, plan: Plan, offered: Iterable[tuple[WireRun, ...]]) -> tuple[WireRun, ...]:
+    """The first runs that are valid, of those that the contributors offer, in order; empty: all travels alike."""
+    summed = executed(spec) == "sum" and (spec.carried or spec.dtype) == "float32"
+    if not summed or plan.pattern != "direct" or plan.lossless_only:
+        return ()
+    return next((runs for runs in offered if valid_wires(runs, spec.elements)), ())
+
+
+def orders(
+    spec: OperationSpec, plan: Plan, given: tuple[int, ...], offered: Iterable[tuple[WireRun, ...]] = ()
+) -> tuple[dict[str, Any], tuple[int, ...]]:
     """The fields of a Start that follow from what is done and how, and the segments that the callers see.
 
+    given, offered: how many elements each contributor has, and in which runs of wires it would have them travel.
     Where not all pairs can talk, a reduce-scatter is a whole sum of which each keeps its segment, and an all-gather is
     the sum of what each gives in its own segment, with zeros in all others: exact, since moved bits are whole numbers.
     """
@@ -172,6 +191,7 @@ def orders(spec: OperationSpec, plan: Plan, given: tuple[int, ...]) -> tuple[dic
         "segments": () if apart else segments,
         "elements": elements,
         "dtype": spec.carried or spec.dtype,
+        "wires": chosen_wires(spec, plan, offered),
     }
     return fields | wires, segments
 

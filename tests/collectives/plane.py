@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from collectives import Abort, Done, Failed, Group, LinkOptions, Member, Start
+from collectives import Abort, Done, Failed, Group, LinkOptions, Member, Start, WireRun
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = LinkOptions(chunk_bytes=4096, connect_timeout=5.0)
@@ -135,7 +135,8 @@ def start_from_json(fields: dict[str, Any]) -> Start:
 
     tuples = {name: tuple(fields[name]) for name in ("shares", "multipliers")}
     people = {name: members(fields[name]) for name in ("contributors", "receivers")}
-    return Start(**{**fields, **tuples, **people})
+    wires = {"wires": tuple(WireRun(**each) for each in fields["wires"])}
+    return Start(**{**fields, **tuples, **people, **wires})
 
 
 class Process:

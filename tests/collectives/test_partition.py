@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plane import make_start
 
-from collectives import Member
+from collectives import Member, WireRun
 from collectives.patterns import check, partition
 
 ME = Member(name="a", incarnation=1)
 YOU = Member(name="b", incarnation=2)
+
+
+def wires(*runs: tuple[Any, ...]) -> tuple[WireRun, ...]:
+    return tuple(WireRun(**dict(zip(("elements", "wire", "gather_wire"), run, strict=False))) for run in runs)
 
 
 @given(
@@ -73,8 +77,25 @@ def test_follows_the_shares(elements: int, weights: list[int]) -> None:
         ({"multipliers": (1.0, float("nan"))}, "finite"),
         ({"divisor": 0.0}, "not 0"),
         ({"elements": -1}, "non-negative"),
+        ({"wires": wires((9, "f32"))}, "cover 10"),
+        ({"wires": wires((0, "f32"), (10, "f32"))}, "above 0"),
+        ({"wires": wires((5, "f32"), (5, "int8"))}, "multiples of 128"),
+        ({"wires": wires((10, "int3"))}, "bf16"),
+        ({"wires": wires((10, "raw"))}, "bf16"),
+        ({"wires": wires((10, "f32", "int3"))}, "bf16"),
+        ({"wires": wires((10, "f32")), "op": "max"}, "only sums of float32"),
+        ({"wires": wires((10, "raw")), "dtype": "float64", "wire": "raw"}, "only sums of float32"),
+        ({"wires": wires((10, "f32", "int8")), "pattern": "ring", "order": (0, 1)}, "lossless"),
+        ({"wires": wires((10, "f32")), "op": "broadcast", "shares": (1.0, 0.0)}, "only sums of float32"),
+        ({"wires": wires((10, "f32")), "op": "reduce_scatter", "segments": (5, 5)}, "only sums of float32"),
+        ({"elements": 0, "wires": wires((0, "f32"))}, "above 0"),
     ],
 )
 def test_orders_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         check(replace(make_start([ME, YOU], 10), **changes), ME, "run")
+    assert "\n" not in str(caught.value)
+
+
+def test_ranges_without_loss_may_go_around_a_ring() -> None:
+    check(make_start([ME, YOU], 10, wires=wires((10, "f32")), pattern="ring", order=(0, 1)), ME, "run")

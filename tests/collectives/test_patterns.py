@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from plane import SMALL, groups, make_abort, together
 from plane import make_start as make_outer_start
 
-from collectives import Done, Failed, Group, Member, Start
-from collectives.patterns import Route, chunks_of, route
-from collectives.wires import WIRES, round_trip
+from collectives import Done, Failed, Group, Member, Start, WireRun
+from collectives.frames import HEADER_BYTES
+from collectives.patterns import SMALLEST, Chunk, Route, check, chunks_of, route
+from collectives.records import BLOCK
+from collectives.wires import WIRES, approximated, round_trip
 
 TINY = replace(SMALL, chunk_bytes=256, pool_bytes=512)
 SHAPES: list[dict[str, Any]] = [
@@ -144,6 +146,104 @@ def test_every_wire_quantises_once_each_way(wire: str, gather: str) -> None:
             round_trip(WIRES[gather or wire], total, scratch, wanted[place])
         for result in results:
             np.testing.assert_array_equal(result.numpy(), wanted)
+
+
+RUNS = tuple(
+    WireRun(elements=elements, wire=wire, gather_wire="f32")
+    for elements, wire in ((128, "f32"), (2560, "int8"), (1152, "int4"), (128, "e3m0"), (3584, "f32"), (777, "int4"))
+)
+
+
+def fixed_order_sum(start: Start, terms: list[torch.Tensor]) -> torch.Tensor:
+    """Every operation rounded once."""
+    total = terms[0] * start.multipliers[0]
+    for term, multiplier in zip(terms[1:], start.multipliers[1:], strict=True):
+        total = total + term * multiplier
+    return total / start.divisor
+
+
+def in_ranges(runs: Sequence[WireRun], numbers: torch.Tensor) -> torch.Tensor:
+    parts = torch.split(numbers, [run.elements for run in runs])
+    return torch.cat([approximated(run.wire, part) for run, part in zip(runs, parts, strict=True)])
+
+
+@pytest.mark.parametrize("pool_bytes", [0, 32 << 20])
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.0, 0.9, 0.1), (0.013, 0.487, 0.5)])
+@pytest.mark.parametrize("wires", [(), RUNS], ids=["int4", "ranges"])
+def test_owners_decode_what_a_peer_finds_that_encodes_its_whole_vector(
+    wires: tuple[WireRun, ...], shares: tuple[float, ...], pool_bytes: int
+) -> None:
+    """So a peer knows, without a word from the owners, what of its contribution the wire has left out."""
+    with groups(3, replace(SMALL, pool_bytes=pool_bytes)) as made:
+        elements, weights = sum(run.elements for run in RUNS), (0.7, 1.0, 0.3)
+        fields = {"wire": "int4", "gather_wire": "f32", "shares": shares, "multipliers": weights, "divisor": 2.0}
+        start = make_start([g.member for g in made], elements, wires=wires, **fields)
+        sources = [torch.randn(elements, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        outcomes, results = run(made, start, list(sources), [elements] * 3)
+        assert all(isinstance(each, Done) for each in outcomes) and len({each.digest for each in outcomes}) == 1
+        terms = [in_ranges(wires, each) if wires else approximated("int4", each) for each in sources]
+        for result in results:
+            assert torch.equal(result, fixed_order_sum(start, terms))
+
+
+def test_each_range_travels_in_its_own_wires_and_takes_the_bytes_of_these() -> None:
+    gathers = ("int8", "", "f32", "int8", "bf16", "e3m0")
+    runs = tuple(replace(run, gather_wire=gather) for run, gather in zip(RUNS, gathers, strict=True))
+    back = tuple(replace(run, wire=run.gather_wire or run.wire) for run in runs)
+    with groups(3) as made:
+        elements = sum(run.elements for run in runs)
+        start = make_start([g.member for g in made], elements, wires=runs, shares=(0.2, 0.2, 0.6))
+        sources = [torch.randn(elements, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        outcomes, results = run(made, start, list(sources), [elements] * 3)
+        assert all(isinstance(each, Done) for each in outcomes) and len({each.digest for each in outcomes}) == 1
+        wanted = in_ranges(back, fixed_order_sum(start, [in_ranges(runs, each) for each in sources]))
+        for result in results:
+            assert torch.equal(result, wanted)
+        chunks = chunks_of(start, made[0].options.chunk_bytes)
+        for me, outcome in enumerate(outcomes):
+            for link in outcome.record.links:
+                other = int(link.peer[1:])
+                assert link.bytes_sent == carried(chunks, runs, to=other, by=me)
+                assert link.bytes_received == carried(chunks, runs, to=me, by=other)
+
+
+def carried(chunks: Sequence[Chunk], runs: Sequence[WireRun], *, to: int, by: int) -> int:
+    """Bytes from one peer to another: parts of what the one owns, and sums of what the other does."""
+    total, at = 0, 0
+    for each in runs:
+        inside = [chunk for chunk in chunks if at <= chunk.start < at + each.elements]
+        assert inside and inside[-1].stop == at + each.elements
+        for name, owner in ((each.wire, to), (each.gather_wire or each.wire, by)):
+            sizes = [WIRES[name].size(chunk.stop - chunk.start) for chunk in inside if chunk.owner == owner]
+            total += sum(sizes) + HEADER_BYTES * len(sizes)
+        at += each.elements
+    return total
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    rest=st.integers(1, 300),
+    wires=st.lists(st.sampled_from(["f32", "bf16", "int8", "int4", "e3m0"]), min_size=13, max_size=13),
+    weights=st.lists(st.integers(0, 100), min_size=1, max_size=7).filter(any),
+    chunk_bytes=st.sampled_from([64, 256, 4096, 1 << 20]),
+)
+def test_chunks_are_cut_where_wires_change_and_nowhere_inside_a_block(
+    lengths: list[int], rest: int, wires: list[str], weights: list[int], chunk_bytes: int
+) -> None:
+    sizes = [*(BLOCK * length for length in lengths), rest]
+    runs = tuple(WireRun(elements=size, wire=wire) for size, wire in zip(sizes, wires, strict=False))
+    people = [Member(name=f"p{index}", incarnation=index + 1) for index in range(len(weights))]
+    shares = tuple(weight / sum(weights) for weight in weights)
+    start = make_start(people, sum(sizes), wires=runs, shares=shares)
+    check(start, people[0], "run")
+    at, quantised = 0, bool({"int8", "int4", "e3m0"} & {run.wire for run in runs})
+    ways = [None if run.wire == "f32" else WIRES[run.wire] for run in runs for _ in range(run.elements)]
+    for chunk in chunks_of(start, chunk_bytes):
+        assert chunk.start == at and 4 * (chunk.stop - at) <= max(chunk_bytes, SMALLEST) and shares[chunk.owner] > 0
+        assert not quantised or at % BLOCK == 0
+        assert {chunk.wire, chunk.gather_wire, *ways[at : chunk.stop]} == {chunk.wire}
+        at = chunk.stop
+    assert at == start.elements
 
 
 def test_numbers_that_a_wire_cannot_carry_fail_the_attempt_and_name_their_peer() -> None:

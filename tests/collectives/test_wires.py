@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from plane import ROOT
 
-from collectives.wires import WIRES, Floats, NonFinite, round_trip, scratch_bytes
+from collectives.wires import WIRES, Floats, NonFinite, approximated, round_trip, scratch_bytes
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PEAKS = {"int8": 127, "int4": 7, "e3m0": 64}
@@ -292,3 +292,21 @@ def test_every_nan_is_encoded_alike_and_encodes_again_to_the_same_bytes(name: st
     wire.decode(memoryview(bytearray(once)), out)
     assert np.isnan(out).all() and len(set(np.frombuffer(once, dtype=np.uint16))) == 1
     assert bytes(wire.encode(out, memoryview(bytearray(4 * count)))) == once
+
+
+@pytest.mark.parametrize("name", sorted(WIRES))
+@pytest.mark.parametrize("elements", [0, 1, 129, 32_640, 100_001])
+def test_an_approximation_is_what_a_receiver_holds(name: str, elements: int) -> None:
+    values = torch.randn(elements, generator=torch.Generator().manual_seed(0))
+    kept, got = values.clone(), approximated(name, values.requires_grad_())
+    np.testing.assert_array_equal(got.detach().numpy(), received(name, kept.numpy()))
+    assert torch.equal(values, kept) and (got is values) == WIRES[name].lossless
+    assert got is values or not got.requires_grad
+
+
+@quantised
+def test_an_approximation_names_the_first_number_that_has_none(name: str) -> None:
+    values = torch.ones(70_001)
+    values[40_000:] = float("nan")
+    with pytest.raises(NonFinite, match="number 40000 is nan"):
+        approximated(name, values)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, Checkpoint, SimPeer, World
 
-from collectives.records import LinkFailure, Member
+from collectives.records import LinkFailure, Member, WireRun
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
 from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded, Targeted
@@ -175,6 +175,28 @@ def test_along_a_path_all_contribute(wire: str, names: str, cuts: str, monkeypat
     start = world.ledger.attempt(1, OUTER, 0, record.attempt)
     assert (start.pattern, start.wire, start.gather_wire) == ("tree", "f32", "")
     assert {event for event, _ in world.events} >= {"link.cut", "plan.changed"}
+
+
+def test_each_attempt_takes_the_wires_of_its_first_contributor_that_offers_some() -> None:
+    world, peers = training()
+    short, half, whole = (
+        tuple(WireRun(elements=each, wire="int4", gather_wire="int8") for each in lengths)
+        for lengths in ((OUTER_SPEC.elements - 1,), (128, OUTER_SPEC.elements - 128), (OUTER_SPEC.elements,))
+    )
+    for peer, wires in zip(peers.values(), (short, half, whole), strict=True):
+        world.act(peer, "read", 2)
+        world.act(peer, "propose")
+        on_its_way = peer.host.up[peer.incarnation]
+        on_its_way[-1] = replace(on_its_way[-1], wires=wires)
+        world.deliver_up(peer, 100)
+    assert world.ledger.attempt(1, OUTER, 0, 0).wires == half
+    world.die(peers["b"])
+    talk(world)
+    exchange(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert (record.attempt, record.contributors) == (1, ("a", "c"))
+    assert world.ledger.attempt(1, OUTER, 0, 1).wires == whole
 
 
 def test_two_that_can_only_dial_out_are_kept_apart_from_the_first_attempt_on() -> None:

@@ -9,11 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collectives.patterns import check
+from collectives.records import Member, Start, WireRun
 from collectives.topology import Plan
 from collectives.tuning import FINE, FINEST
 from collectives.wires import WIRES
 from elastic.messages import LinkReport, OperationSpec
-from elastic.planning import PLANNED_AT_ALL, WIRE_BYTES, Routes, described, job_of, orders, simple, spread
+from elastic.planning import (
+    MAX_RUNS,
+    PLANNED_AT_ALL,
+    WIRE_BYTES,
+    Routes,
+    described,
+    job_of,
+    orders,
+    simple,
+    spread,
+    valid_wires,
+)
 from elastic.rounds import Pair
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -181,3 +194,64 @@ def test_near_hosts_pass_large_sums_around_a_ring(slow: bool) -> None:
     assert routes.find(small, NAMES, ()).pattern == "direct"
     assert routes.find(replace(large, wire="bf16"), NAMES, ()).pattern == "direct"
     assert routes.find(large, NAMES, [frozenset(NAMES[:2])]).pattern == "direct"
+
+
+def runs(*lengths: int, wire: str = "int4", gather_wire: str = "int8") -> tuple[WireRun, ...]:
+    return tuple(WireRun(elements=length, wire=wire, gather_wire=gather_wire) for length in lengths)
+
+
+@fixed
+@given(
+    lengths=st.lists(st.sampled_from([-128, 0, 1, 127, 128, 256, 384]), max_size=4),
+    wire=st.sampled_from([*WIRES, "raw", "int3", ""]),
+    gather_wire=st.sampled_from([*WIRES, "raw", "int3", ""]),
+    elements=st.sampled_from([0, 1, 127, 128, 257, 512]),
+)
+def test_valid_wires_are_those_that_the_data_plane_takes(
+    lengths: list[int], wire: str, gather_wire: str, elements: int
+) -> None:
+    offered, me = runs(*lengths, wire=wire, gather_wire=gather_wire), Member(name="a", incarnation=1)
+    plan = simple(("a",), ())
+    fields, _ = orders(replace(SPEC, elements=elements), plan, (elements,), [offered])
+    numbers = {"generation": 1, "epoch": 1, "round": 0, "attempt": 0, "fragment": 0, "base_version": 0}
+    start = Start(run="r", tag="t", contributors=(me,), multipliers=(1.0,), **fields, **numbers)
+    check(start, me, "r")
+    assert start.wires == (offered if valid_wires(offered, elements) else ())
+    if offered and not valid_wires(offered, elements):
+        with pytest.raises(ValueError):
+            check(replace(start, wires=offered), me, "r")
+
+
+def test_wires_are_those_of_the_first_contributor_that_has_valid_ones() -> None:
+    spec, plan = replace(SPEC, elements=300), simple(("a", "b", "c"), ())
+    short, good, other = runs(128, 128), runs(128, 172), runs(256, 44)
+    for offered, chosen in (
+        ([(), good, other], good),
+        ([other, good, ()], other),
+        ([short, (), good], good),
+        ([short, (), runs(172, 128)], ()),
+        ([(), (), ()], ()),
+    ):
+        assert orders(spec, plan, (300, 300, 300), offered)[0]["wires"] == chosen
+    assert orders(spec, plan, (300, 300, 300))[0]["wires"] == ()
+    many = runs(*[128] * MAX_RUNS, 1)
+    assert not valid_wires(many, 128 * MAX_RUNS + 1) and valid_wires(many[1:], 128 * MAX_RUNS - 127)
+
+
+@pytest.mark.parametrize("changes", [
+    {"op": "max"}, {"algorithm": "reduce_scatter"}, {"dtype": "float64"}, {"dtype": "int32", "wire": "raw"},
+    {"op": "all_gather", "dtype": "bool", "carried": "uint8", "wire": "raw"},
+])  # fmt: skip
+def test_only_sums_of_float32_have_wires_of_their_own(changes: dict[str, str]) -> None:
+    spec, names, good = replace(SPEC, elements=300), ("a", "b", "c"), [runs(128, 172)] * 3
+    assert orders(replace(spec, dtype="bfloat16", carried="float32"), simple(names, ()), (300,) * 3, good)[0]["wires"]
+    assert orders(replace(spec, **changes), simple(names, ()), (300,) * 3, good)[0]["wires"] == ()
+
+
+def test_a_tree_and_a_ring_have_one_wire_for_all() -> None:
+    spec, good = replace(SPEC, elements=300, wire="int4"), [runs(128, 172)] * 4
+    tree = simple(NAMES[:4], [frozenset(pair) for pair in ("ac", "bd", "ad")])
+    fields, _ = orders(spec, tree, (300,) * 4, good)
+    assert (fields["pattern"], fields["wire"], fields["gather_wire"], fields["wires"]) == ("tree", "f32", "", ())
+    ring = Plan(names=NAMES[:4], pattern="ring", shares=(0.25,) * 4, order=(0, 1, 2, 3))
+    assert orders(replace(spec, wire="f32"), ring, (300,) * 4, good)[0]["wires"] == ()
