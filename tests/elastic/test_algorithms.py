@@ -125,7 +125,8 @@ def literal_streaming(h: int, p: int, tau: int, alpha: float, outer: Nesterov, s
 
 
 @pytest.mark.parametrize(
-    "h, p, tau, alpha", [(8, 1, 0, 0.0), (8, 4, 0, 0.0), (8, 2, 3, 0.5), (12, 4, 2, 0.5), (12, 4, 3, 0.0), (9, 2, 1, 1.0)]
+    "h, p, tau, alpha",
+    [(8, 1, 0, 0.0), (8, 4, 0, 0.0), (8, 2, 3, 0.5), (12, 4, 2, 0.5), (12, 4, 3, 0.0), (9, 2, 1, 1.0)],
 )
 def test_streaming_is_the_papers_algorithm_to_the_bit(h: int, p: int, tau: int, alpha: float) -> None:
     outer = Nesterov(lr=0.4, momentum=0.9)
@@ -289,7 +290,9 @@ def test_rda_keeps_the_length_of_what_does_not_agree() -> None:
 def test_rda_trains() -> None:
     """Where the peers' optima differ it keeps moving, since lengths do not cancel out; here they do not."""
     outer = Nesterov(lr=0.4, momentum=0.9)
-    assert mean_loss(lambda: decoupled.rule(outer, sync_delay=1, rda=True)) < mean_loss(lambda: diloco.rule(SGD(lr=1.0)))
+    assert mean_loss(lambda: decoupled.rule(outer, sync_delay=1, rda=True)) < mean_loss(
+        lambda: diloco.rule(SGD(lr=1.0))
+    )
 
 
 # --- invariants -------------------------------------------------------------------------------------------------------
@@ -626,7 +629,12 @@ def times(cadence: Any, steps: int, fragments: int = 1, **facts: Any) -> list[in
     for step in range(1, steps + 1):
         progress = step / steps
         moment = Moment(
-            round=number, fragments=fragments, steps=step - last, seconds=0.1 * (step - last), progress=progress, **facts
+            round=number,
+            fragments=fragments,
+            steps=step - last,
+            seconds=0.1 * (step - last),
+            progress=progress,
+            **facts,
         )
         if cadence.due(moment):
             found, last, number = [*found, step], step, number + 1

@@ -24,7 +24,7 @@ from elastic.config import RunPolicy, Timeouts
 from elastic.errors import CheckpointMismatch, ConfigurationError, Evicted, ParityError
 from elastic.messages import Propose
 from elastic.outer.diloco import DiLoCo
-from elastic.outer.state import Version
+from elastic.outer.replica import Flight
 from elastic.peer import Peer
 from elastic.shards import ShardTable
 
@@ -77,9 +77,9 @@ class Tally(DiLoCo):
         self.counted = torch.zeros(N)
         self.given: dict[int, torch.Tensor] = {}
 
-    def contribution(self, version: Version, local: torch.Tensor) -> torch.Tensor:
-        self.displacement = super().contribution(version, local)
-        return self.displacement
+    def _proposal(self, flight: Flight) -> Propose:
+        self.displacement = flight.delta
+        return super()._proposal(flight)
 
     def _count(self, proposal: Propose) -> None:
         super()._count(proposal)
