@@ -1,16 +1,18 @@
 """Whether every sample counts once: an account of the data over the journal's records, apart from the coordinator's.
 
 A commit says, for each shard, from where to where its contributions reach. Laid side by side, these stretches must
-cover a shard from its beginning without gap or overlap, whoever held it and however often it changed hands. With
-several fragments that holds for each of them; a peer that is lost between its contributions to two fragments leaves
-the difference behind, since whoever goes on begins where the furthest of them is (rule 8 of docs/design.md).
+cover a shard from its beginning without gap or overlap, whoever held it and however often it changed hands.
+
+A sample counts with the first round after its step, whichever fragment that exchanges. The other fragments get what was
+learned from it in the rounds that follow, unless its peer is lost before: at most one period of that peer, which is
+counted as `partial` (rule 8 of docs/design.md).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .journal import (
     Committed,
@@ -32,15 +34,11 @@ COMPLETE_SHOWN = 8
 
 @dataclass(slots=True)
 class _Shard:
-    """marks: by fragment, where its next contribution must begin."""
+    """mark: where its next contribution must begin."""
 
     epoch: int
     holder: str
-    marks: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def furthest(self) -> int:
-        return max(self.marks.values(), default=0)
+    mark: int = 0
 
 
 @dataclass(slots=True)
@@ -52,14 +50,18 @@ class _Epoch:
 
 
 class Account:
-    """Takes records one by one; `report` is the account as of now. Shards that are done cost no memory."""
+    """Takes records one by one; `report` is the account as of now. Shards that are done cost no memory.
+
+    owed: by loop, peer, fragment and epoch, samples that count and whose effect that fragment has not had yet.
+    """
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
         self._ends: dict[int, int] = {}
         self._epochs: defaultdict[int, _Epoch] = defaultdict(_Epoch)
         self._shards: dict[int, _Shard] = {}
-        self._fragments: set[int] = {0}
+        self._fragments: dict[str, int] = {}
+        self._owed: dict[tuple[str, str, int, int], int] = {}
 
     def take(self, record: Record) -> None:
         match record:
@@ -76,25 +78,27 @@ class Account:
             case Departed():
                 self._departed(record)
             case LoopFounded():
-                self._fragments.add(record.fragment)
+                self._fragments[record.tag] = record.spec.fragments
             case Restored():
                 self._restored(record.state)
             case Committed() if self._layout:
                 for number, stop in record.cursors.items():
-                    self._committed(record.fragment, number, record.starts.get(number), stop)
+                    self._committed(record, number, record.starts.get(number), stop)
+                self._given(record)
 
     def _restored(self, state: RunState) -> None:
-        """What was counted later is void; all fragments are where the state says."""
-        data, fragments = state.data, {f for loop in state.loops for f in loop.versions} or {0}
+        """What was counted later is void. What single fragments had not had by then is not known any more."""
+        data = state.data
         self._layout = Layout(data.samples, data.shard_size, data.seed) if data.samples else None
-        self._ends, self._fragments = dict(data.ends), fragments
+        self._ends, self._fragments = dict(data.ends), {loop.tag: loop.spec.fragments for loop in state.loops}
         self._epochs.clear()
+        self._owed.clear()
         self._shards = {
-            number: _Shard(self._epoch_of(number), data.holders.get(number, ""), dict.fromkeys(fragments, cursor))
+            number: _Shard(self._epoch_of(number), data.holders.get(number, ""), cursor)
             for number, cursor in data.cursors.items()
         }
         for epoch in range(self._epoch_of(data.next - 1) + 1 if data.next else 0):
-            unread = (self._size(n) - shard.furthest for n, shard in self._shards.items() if shard.epoch == epoch)
+            unread = (self._size(n) - shard.mark for n, shard in self._shards.items() if shard.epoch == epoch)
             self._epochs[epoch].committed = self._begun(epoch, data.next) - sum(unread)
 
     def _begun(self, epoch: int, next: int) -> int:
@@ -111,37 +115,47 @@ class Account:
 
     def _departed(self, record: Departed) -> None:
         """What a peer gave to some fragments only, nobody gives to the others any more."""
-        for shard in self._held_by(record.name):
-            marks = [shard.marks.get(fragment, 0) for fragment in self._fragments]
-            self._epochs[shard.epoch].partial += sum(shard.furthest - mark for mark in marks)
-            shard.marks = dict.fromkeys(self._fragments, shard.furthest)
-        self._drop_done()
+        for key in [key for key in self._owed if key[1] == record.name]:
+            self._epochs[key[3]].partial += self._owed.pop(key)
 
-    def _committed(self, fragment: int, number: int, start: int | None, stop: int) -> None:
+    def _committed(self, record: Committed, number: int, start: int | None, stop: int) -> None:
         shard, epoch = self._shards.get(number), self._epochs[self._epoch_of(number)]
         size = self._size(number)
         if shard is None:  # it was never leased, or is done
             epoch.twice += max(0, stop - (stop if start is None else start))
             return
-        mark = shard.marks.get(fragment, 0)
-        start = mark if start is None else start
-        epoch.twice += max(0, min(mark, stop) - start) + max(0, stop - max(size, start))
-        others = max(mark, shard.furthest)
-        skipped = max(0, start - others)
+        start = shard.mark if start is None else start
+        epoch.twice += max(0, min(shard.mark, stop) - start) + max(0, stop - max(size, start))
+        skipped = max(0, start - shard.mark)
         epoch.missing += skipped
-        epoch.partial += max(0, min(start, others) - mark)
-        stop = max(mark, min(stop, size))
-        epoch.committed += max(0, stop - others) - skipped
-        shard.marks[fragment] = stop
-        self._drop_if_done(number, shard)
+        stop = max(shard.mark, min(stop, size))
+        added = stop - shard.mark - skipped
+        epoch.committed += added
+        self._owe(record, shard, added)
+        shard.mark = stop
+        if stop >= size:
+            del self._shards[number]
+
+    def _owe(self, record: Committed, shard: _Shard, samples: int) -> None:
+        for fragment in range(self._fragments.get(record.tag, 1)):
+            if samples and fragment != self._moved(record):
+                key = record.tag, shard.holder, fragment, shard.epoch
+                self._owed[key] = self._owed.get(key, 0) + samples
+
+    def _given(self, record: Committed) -> None:
+        """The fragment of this round has all that its contributors have learned."""
+        for key in list(self._owed):
+            if key[0] == record.tag and key[2] == self._moved(record) and key[1] in record.contributors:
+                del self._owed[key]
+
+    def _moved(self, record: Committed) -> int:
+        """Which fragment the round has exchanged."""
+        return (record.version - 1) % self._fragments.get(record.tag, 1)
 
     def _drop_done(self) -> None:
         for number, shard in list(self._shards.items()):
-            self._drop_if_done(number, shard)
-
-    def _drop_if_done(self, number: int, shard: _Shard) -> None:
-        if min(shard.marks.get(fragment, 0) for fragment in self._fragments) >= self._size(number):
-            del self._shards[number]
+            if shard.mark >= self._size(number):
+                del self._shards[number]
 
     def _held_by(self, name: str) -> list[_Shard]:
         return [shard for shard in self._shards.values() if shard.holder == name]
@@ -167,9 +181,9 @@ class Account:
             missing=epoch.missing,
             partial=epoch.partial,
             open=tuple(
-                ShardReport(shard=each, holder=shard.holder, cursor=shard.furthest)
+                ShardReport(shard=each, holder=shard.holder, cursor=shard.mark)
                 for each, shard in sorted(self._shards.items())
-                if shard.epoch == number and shard.furthest < self._size(each)
+                if shard.epoch == number and shard.mark < self._size(each)
             ),
         )
 

@@ -519,6 +519,7 @@ class Rounds:
         """Commits. Durable first; then everybody concerned is told, and can ask again (rule 2)."""
         skipped = not contributors
         giving = [operation.proposals[name] for name in contributors if name in operation.proposals]
+        training = self._training(operation, contributors)
         version = operation.base_version + (0 if skipped else 1) if operation.outer else -1
         record = Committed(
             tag=operation.tag,
@@ -530,7 +531,8 @@ class Rounds:
             **_merged(giving),
             tokens=sum(proposal.counts for proposal in giving),
             scale=rounds.mean_length((each.weight, each.length) for each in giving),
-            share=self._share(operation, contributors),
+            share=rounds.float32(len(contributors) / training),
+            mass=rounds.float32(sum(each.weight for each in giving) / training),
             digest=digest,
             skipped=skipped,
             elapsed=self._progress().elapsed,
@@ -543,10 +545,10 @@ class Rounds:
         self._publish(operation, self.commits[operation.tag][-1])
         self._close(operation, now)
 
-    def _share(self, operation: Operation, contributors: tuple[str, ...]) -> float:
-        """Which part of those who train in the loop has contributed."""
+    def _training(self, operation: Operation, contributors: tuple[str, ...]) -> int:
+        """How many train in the loop, contributors that have died since among them; at least 1."""
         training = {name for name, state in self._roster.members.items() if operation.tag in state.trains}
-        return rounds.float32(len(contributors) / max(1, len(training | {*contributors})))
+        return max(1, len(training | {*contributors}))
 
     def _publish(self, operation: Operation, commit: Commit) -> None:
         commit = self._renewed(commit)
@@ -673,6 +675,7 @@ class Rounds:
             state=state,
             scale=record.scale,
             share=record.share,
+            mass=record.mass,
         )
         self.commits.setdefault(record.tag, deque(maxlen=KEPT_COMMITS)).append(commit)
         self._rounds[record.tag] = max(self._rounds.get(record.tag, 0), record.round + 1)

@@ -91,7 +91,7 @@ class LoopFounded:
 class Committed:
     """A round of an outer loop is final. tokens: that it adds to the run. starts: as in Propose.
 
-    elapsed: of the run, in seconds. scale, share: as in Commit.
+    elapsed: of the run, in seconds. scale, share, mass: as in Commit.
     """
 
     tag: str
@@ -108,6 +108,7 @@ class Committed:
     starts: dict[int, int] = field(default_factory=dict)
     scale: float = 1.0
     share: float = 1.0
+    mass: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

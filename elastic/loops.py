@@ -10,7 +10,7 @@ Roster, and asks of the rounds under way only what `OpenRounds` says.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Protocol
 
@@ -567,7 +567,9 @@ class OuterLoops:
 
     def _mismatch(self, name: str, message: Propose | Enter, ours: OperationSpec, theirs: OperationSpec) -> bool:
         """Rule 10: names the first difference between what the run does and what the peer wants."""
-        reason = self._other_model(name, message) or rounds.difference(message.tag, name, ours, theirs)
+        reason = rounds.difference(message.tag, name, ours, theirs)
+        if reason and replace(theirs, elements=ours.elements, fingerprint=ours.fingerprint) == ours:
+            reason = self._other_model(name, message) or reason
         if reason:
             sequence = message.sequence if isinstance(message, Propose) else -1
             self._roster.refuse(name, message, "ParityError", reason, tag=message.tag, sequence=sequence)

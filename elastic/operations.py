@@ -278,6 +278,11 @@ class Operation:
         return Outcome(commit, counted, self._attempts, self._begin, self._result, record)
 
     @property
+    def start_order(self) -> Start | None:
+        """Of the attempt that this peer has executed last; None before the first."""
+        return self._begin.start if self._begin else None
+
+    @property
     def done_digest(self) -> str:
         """Of the result that this peer has reported; "" if none. It may be committed after `run` has raised."""
         return self._done.digest if self._done is not None else ""

@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from collectives.records import BLOCK, WireRun
 from collectives.wires import WIRES, approximated
 
+from ..errors import ConfigurationError
 from ..tensors import gathered_in
 
+ADJUST_ROUNDS = 10  # how many rounds a choice of formats is kept; the authors: every thousand steps or so
 FORMATS = ("f32", "int8", "int4", "e3m0")
 _GUARD = 1 + 1e-9  # errors are rounded up from a little above, so that no rounding of floats leads past the budget
 
@@ -166,3 +168,27 @@ def _in_blocks(sizes: Sequence[int]) -> list[int]:
     ends = list(accumulate(sizes))
     cuts = [min((end + BLOCK // 2) // BLOCK * BLOCK, ends[-1]) for end in ends[:-1]]
     return [stop - start for start, stop in pairwise((0, *cuts, *ends[-1:])) if stop > start]
+
+
+class Allotting:
+    """The plans of one peer, for each fragment: made from its own contribution, and kept for a few rounds.
+
+    wire: the static format. slack: of the budget. Raises ConfigurationError for what cannot be.
+    """
+
+    def __init__(self, wire: str, slack: float) -> None:
+        if wire not in FORMATS or wire == "f32" or not slack >= 1:
+            raise ConfigurationError(
+                f"error_budget is {slack} with wire {wire!r}: it must be at least 1, with wire int8, int4 or e3m0"
+            )
+        self._wire, self._slack = wire, slack
+        self._plans: dict[int, tuple[WireRun, ...]] = {}
+        self._used: dict[int, int] = {}
+
+    def wires(self, fragment: int, payload: torch.Tensor, sizes: Sequence[int]) -> tuple[WireRun, ...]:
+        """For the next round of the fragment. payload: what this peer sends, finite; sizes: of its layers."""
+        used = self._used.get(fragment, ADJUST_ROUNDS)
+        if used >= ADJUST_ROUNDS:
+            self._plans[fragment], used = plan(payload, sizes, static=self._wire, slack=self._slack), 0
+        self._used[fragment] = used + 1
+        return self._plans[fragment]

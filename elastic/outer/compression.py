@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from collectives.records import Start, WireRun
 from collectives.wires import WIRES, round_trip, scratch_bytes
 
 from ..errors import ConfigurationError
@@ -37,8 +38,9 @@ _PIECE = 8192 * BLOCK  # numbers that are encoded at a time: a multiple of the b
 class Compression:
     """A wire, and whether vectors are rotated before they are handed to it.
 
-    wire: one of `collectives.wires.WIRES`. rotate: by the transform above, in blocks of 128 numbers; a shorter last
-    block travels as it is. It adds up 128 numbers: magnitudes up to 2^118 cannot overflow, there or back.
+    wire: one of `collectives.wires.WIRES`. runs: wires of ranges, end to end, in place of it. rotate: by the transform
+    above, in blocks of 128 numbers; a shorter last block travels as it is. It adds up 128 numbers: magnitudes up to
+    2^118 cannot overflow, there or back.
 
     ConfigurationError for a wire that does not exist. f32 may be rotated: it is what a rotated vector travels as when a
     round cannot use its lossy wire.
@@ -46,6 +48,7 @@ class Compression:
 
     wire: str = "f32"
     rotate: bool = False
+    runs: tuple[WireRun, ...] = ()
 
     def __post_init__(self) -> None:
         if self.wire not in WIRES:
@@ -58,6 +61,10 @@ class Compression:
     def size(self, elements: int) -> int:
         """Bytes that so many numbers take on the wire."""
         return WIRES[self.wire].size(elements)
+
+    def of(self, start: Start) -> Compression:
+        """As this attempt travels: ranges may have wires of their own, and what cannot be lossy goes as f32."""
+        return replace(self, wire=start.wire, runs=start.wires)
 
     def sent(self, x: torch.Tensor) -> torch.Tensor:
         """What is handed to the exchange for x, a flat float32 CPU tensor: x itself, or a new tensor of its length."""
@@ -80,9 +87,18 @@ class Compression:
         others, as long as no block's largest magnitude is below 2^-118 nor, for f16, any number out of its range.
         """
         if not self.rotate:
-            return x if WIRES[self.wire].lossless else _round_trip(self.wire, x, torch.empty_like(x))
+            exact = WIRES[self.wire].lossless and not self.runs
+            return x if exact else self._through(x, torch.empty_like(x))
         mine = _rotated(x)  # in place from here on: fresh memory costs more than the arithmetic
-        return _rotated_back(_round_trip(self.wire, mine, mine), mine)
+        return _rotated_back(self._through(mine, mine), mine)
+
+    def _through(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        at = 0
+        for run in self.runs or (WireRun(elements=x.numel(), wire=self.wire),):
+            stop = at + run.elements
+            _round_trip(run.wire, x[at:stop], out[at:stop])
+            at = stop
+        return out
 
 
 def _round_trip(wire: str, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

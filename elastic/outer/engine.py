@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from collectives.records import WireRun
+
 from ..checkpoints import Checkpoints
 from ..checkpoints.entries import Outer
 from ..errors import (
@@ -50,6 +52,7 @@ from ..messages import (
 from ..operations import Inbox, Outcome, refusal
 from ..runstate import LINEAGE
 from ..tensors import check_wire, gathered_in
+from .budget import Allotting
 from .cadence import Cadence, Moment, cadence_of
 from .compression import Compression
 from .feedback import Feedback, NoFeedback
@@ -81,6 +84,7 @@ class Doubt:
     proposal: Propose
     flight: Flight
     result: torch.Tensor
+    travelled: Compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +122,10 @@ class OuterLoop:
     (`elastic.outer.cadence`). fragments: into how many parts the model is cut, exchanged in turn, each once in H;
     fragment_cut: "strided", "sequential" or "balanced". make: the algorithm. wire: how numbers travel;
     gather_wire: how results do, by default int8 after 4 bits, else as `wire`. rotate: a Hadamard rotation before
-    quantising. feedback: what becomes of its errors (`ErrorFeedback`, `EF21`, `EControl`). weighting: how much
-    contributions count; by default by tokens. buffers: "local", or "average" to exchange floating point buffers, too.
+    quantising. feedback: what becomes of its errors (`ErrorFeedback`, `EF21`, `EControl`). error_budget: to choose a
+    format for each layer, such that their error is at most so many times that of `wire` everywhere (L-GreCo); one peer
+    decides, anew every few rounds. weighting: how much contributions count; by default by tokens. buffers: "local", or
+    "average" to exchange floating point buffers, too.
     speed_matched: slower peers make fewer steps, so that all are ready at once (DyLU).
     max_staleness: a peer that missed more rounds of a fragment than this starts again from the outer parameters, and
     its samples are read again. keep_results: results of how many rounds are kept for peers that were left out of them.
@@ -152,6 +158,7 @@ class OuterLoop:
         rotate: bool = False,
         feedback: Feedback | None = None,
         weighting: Weighting | None = None,
+        error_budget: float | None = None,
         buffers: str = "local",
         speed_matched: bool = False,
         max_staleness: int = 4,
@@ -193,6 +200,7 @@ class OuterLoop:
         self.steps = 0
         self.last_commit: Commit | None = None
         self.step_seconds = self.sync_seconds = 0.0
+        self._allotting = Allotting(wire, error_budget) if error_budget is not None else None
         self._counts = dict.fromkeys(("rounds", "contributed", "refused", "bytes_offered"), 0)
         self._training = self._stalled = 0.0
         self._seen: State | None = None
@@ -516,7 +524,16 @@ class OuterLoop:
             leaving=self.peer.draining,
             quorum=self.quorum,
             grace=self.grace,
+            wires=self._wires(flight),
         )
+
+    def _wires(self, flight: Flight) -> tuple[WireRun, ...]:
+        """Which formats the layers should travel in, if it is this peer that decides: the first of the last round."""
+        last = self.last_commit.contributors if self.last_commit else ()
+        if self._allotting is None or last[:1] not in ((), (self.peer.name,)):
+            return ()
+        sizes = [math.prod(shape) for _, shape in self.layout.parts[flight.fragment].named]
+        return self._allotting.wires(flight.fragment, flight.payload, sizes)
 
     def _refuse(self, flight: Flight) -> None:
         """What this peer has learned is no number: it is never sent. Its samples are read again, from the outer state.
@@ -572,7 +589,8 @@ class OuterLoop:
         if isinstance(error, RoundAborted):
             return
         if exchange.done_digest and flight is not None:
-            self._doubts.append(Doubt(exchange.done_digest, exchange.proposal, flight, exchange.result))
+            travelled = self._travelled(exchange)
+            self._doubts.append(Doubt(exchange.done_digest, exchange.proposal, flight, exchange.result, travelled))
         if self.saver and isinstance(error, NotEnoughPeers):
             self.saver.save_last(self._own_part())
 
@@ -589,7 +607,13 @@ class OuterLoop:
             return
         self._count(exchange.proposal)
         self._counts["contributed"] += 1
-        self._advance(commit, exchange.result, counted=True)
+        self._advance(commit, exchange.result, counted=True, travelled=self._travelled(exchange))
+
+    def _travelled(self, exchange: Exchange) -> Compression:
+        """How the contribution went in the attempt that this peer finished last."""
+        start = exchange.start_order
+        compression = self.replica.rule.compression
+        return compression.of(start) if start else compression
 
     def _count(self, proposal: Propose) -> None:
         """The run has counted this contribution."""
@@ -620,18 +644,20 @@ class OuterLoop:
         self._advance(commit, mean, counted=False)
         if doubt:  # it was counted after all: only what has been learned since is left
             self._count(doubt.proposal)
-            self.replica.count_late(doubt.flight)
+            self.replica.count_late(doubt.flight, doubt.travelled)
         if place.missed > self.max_staleness:
             self._reset()
 
-    def _advance(self, commit: Commit, mean: torch.Tensor, *, counted: bool) -> None:
+    def _advance(
+        self, commit: Commit, mean: torch.Tensor, *, counted: bool, travelled: Compression | None = None
+    ) -> None:
         self._doubts.clear()
         before = self.version
-        facts = Facts(commit.scale, commit.share)
+        facts = Facts(commit.scale, commit.share, commit.mass)
         self._stepped_from = (before, mean, facts)
         self._state, self._led_by = commit.state, commit.digest
         if counted:
-            self.replica.land(mean, counted=True, facts=facts)
+            self.replica.land(mean, counted=True, facts=facts, travelled=travelled)
         else:
             self.replica.follow(mean, facts=facts)
             self.replica.since = 0
@@ -841,8 +867,9 @@ class OuterLoop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`, within the context and between two passes over the data, which must be open again.
 
-        Where the run has gone on since, its versions and positions hold. Raises CheckpointMismatch for another model,
-        algorithm or dataset; then nothing changes. With several ranks, a call of all; the leader's state counts.
+        Where the run has gone on since, its version and positions hold, and this peer starts from the outer parameters.
+        Raises CheckpointMismatch for another model, algorithm or dataset; then nothing changes. With several ranks, a
+        call of all; the leader's state counts.
         """
         self._together("load_state_dict", lambda: self._load_state_dict(state))
 
@@ -853,11 +880,15 @@ class OuterLoop:
         self._settle()  # what is on its way was given from what is forgotten now
         if state["data"]:
             self.peer.data.load_state_dict(state["data"])
-        self._stepped_from, self._state, self._led_by = None, b"", ""
-        self._doubts.clear()
+        self.steps, gone_on = state["steps"], self.version
         self.replica.load_state_dict(state)
+        if (gone_on.number, gone_on.state_hash) != (self.replica.state.number, self.replica.state.state_hash):
+            self.replica.state = gone_on  # what was counted since must not be given again
+            self._reset()
+            return
+        self._doubts.clear()
+        self._uncounted = state["uncounted"]
         self._adopt(self.replica.state)
-        self.steps, self._uncounted = state["steps"], state["uncounted"]
 
 
 def check_delay(delay: int, cadence: Cadence, fragments: int) -> None:

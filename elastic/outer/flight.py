@@ -14,6 +14,8 @@ from ..operations import Operation, Outcome
 if TYPE_CHECKING:
     import torch
 
+    from collectives.records import Start
+
 ABANDON_SECONDS = 5.0
 
 
@@ -57,6 +59,11 @@ class Exchange:
     def done_digest(self) -> str:
         """Of the result that this peer has reported, "" if none: it may be committed after this has failed."""
         return self._operation.done_digest
+
+    @property
+    def start_order(self) -> Start | None:
+        """Of the attempt that this peer finished last."""
+        return self._operation.start_order
 
     def wait(self) -> Outcome:
         """The outcome, or what `Operation.run` raises. Obeys Ctrl-C; then a thread of its own goes on."""

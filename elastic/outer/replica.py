@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .compression import Compression
 from .feedback import Residual
 from .optimizers import norm
 from .rule import PLAIN, WHOLE_ROUND, Facts, Rule
@@ -172,10 +173,12 @@ class Replica:
         if flight is not None and self.rule.takes_out and flight.finite:
             self.places[flight.fragment].owed = flight.delta
 
-    def land(self, mean: torch.Tensor, *, counted: bool, facts: Facts = PLAIN) -> Version:
+    def land(
+        self, mean: torch.Tensor, *, counted: bool, facts: Facts = PLAIN, travelled: Compression | None = None
+    ) -> Version:
         """The round was committed: the outer step, and what it does to the model. Returns the version before.
 
-        mean: the committed result. counted: whether it holds what this peer launched.
+        mean: the committed result. counted: whether it holds what this peer launched. travelled: how, if not as usual.
         """
         flight = self.flight
         assert flight is not None
@@ -184,7 +187,7 @@ class Replica:
             return self.follow(mean, facts=facts)
         self.flight = None
         before, after = self._advance(flight.fragment, mean, facts)
-        self._count(flight)
+        self._count(flight, travelled)
         place, f = self.places[flight.fragment], flight.fragment
         if self.rule.takes_out:
             self._move(f, before, after)
@@ -203,9 +206,9 @@ class Replica:
         self.places[f].missed += 1
         return before
 
-    def count_late(self, flight: Flight) -> None:
+    def count_late(self, flight: Flight, travelled: Compression | None = None) -> None:
         """`follow` has applied a round that held this contribution after all: it must not be given again."""
-        self._count(flight)
+        self._count(flight, travelled)
         f, place = flight.fragment, self.places[flight.fragment]
         place.missed = 0
         if self.rule.takes_out:
@@ -214,11 +217,12 @@ class Replica:
         else:
             self.layout.write(f, torch.add(self.layout.read(f), flight.delta))
 
-    def _count(self, flight: Flight) -> None:
+    def _count(self, flight: Flight, travelled: Compression | None) -> None:
         place = self.places[flight.fragment]
         place.tokens -= flight.tokens
         place.steps -= flight.steps
-        place.residual = self.rule.feedback.counted(place.residual, flight.offered, flight.delta, self.rule.compression)
+        compression = travelled or self.rule.compression
+        place.residual = self.rule.feedback.counted(place.residual, flight.offered, flight.delta, compression)
 
     def _advance(self, f: int, mean: torch.Tensor, facts: Facts) -> tuple[Version, Version]:
         before = self.state.parts[f]

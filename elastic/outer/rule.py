@@ -23,11 +23,12 @@ WHOLE_ROUND = -1
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What a commit says beside the mean. scale: mean length of what was sent as directions. share: which part of those
-    who train has contributed.
+    who train has contributed. mass: the contributors' weights, over the number of those who train.
     """
 
     scale: float = 1.0
     share: float = 1.0
+    mass: float = 1.0
 
 
 PLAIN = Facts()
@@ -86,6 +87,7 @@ class Rule:
         slot = version.momentum[own:] if self.feedback.slots else None
         delta, slot = self.feedback.combined(self.compression.received(mean), slot, share=facts.share)
         delta = self.direct(delta, facts.scale) if self.directional else delta
+        delta = torch.mul(delta, facts.mass) if self.weighting.absolute else delta
         parameters, momentum = self.step(version.parameters, version.momentum[:own], delta, version.number)
         if part.averaged < n:  # buffers are averaged as they are
             learned = part.averaged

@@ -112,7 +112,9 @@ class Simulator:
             return
         mean = self._mean(list(giving.values()))
         lengths = [(flight.weight, flight.length) for flight in giving.values()]
-        facts = Facts(mean_length(lengths), float32(len(giving) / len(self.replicas)))
+        everyone = len(self.replicas)
+        mass = float32(sum(flight.weight for flight in giving.values()) / everyone)
+        facts = Facts(mean_length(lengths), float32(len(giving) / everyone), mass)
         for i, replica in enumerate(self.replicas):
             self._apply(replica, mean, i in giving, facts, len(giving))
 

@@ -132,7 +132,7 @@ class Trainer:
             assert self.loop is not None
             file = f"{self.label}-{start.generation}-{start.round}-{start.attempt}.npy"
             np.save(self.folder / file, source.numpy())
-            given |= {"file": file, "pending": self.loop.pending, "weight": self.loop._weight}
+            given |= {"file": file, "pending": self.loop.pending, "weight": self.loop.replica.learned}
             given |= {"base": self.loop.version.number, "cursors": self.peer.cursors}
         else:
             given |= {"value": source[0].item()}

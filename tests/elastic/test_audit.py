@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given, settings
@@ -32,14 +33,14 @@ def dataset(samples: int = 20, *, epochs: int = 1) -> DatasetRegistered:
 
 def commit(**shards: tuple[int, int]) -> Committed:
     """commit(s0=(2, 5)): shard 0 from 2 to 5."""
-    return fragment_commit(0, **shards)
+    return commit_to(1, **shards)
 
 
-def fragment_commit(fragment: int, **shards: tuple[int, int]) -> Committed:
+def commit_to(version: int, by: str = "a", **shards: tuple[int, int]) -> Committed:
     spans = {int(name[1:]): span for name, span in shards.items()}
     starts, cursors = ({shard: span[end] for shard, span in spans.items()} for end in (0, 1))
-    fields: dict[str, Any] = {"tag": "outer", "round": 0, "attempt": 0, "version": 1, "tokens": 1.0, "digest": "d"}
-    return Committed(**fields, fragment=fragment, contributors=("a",), cursors=cursors, starts=starts)
+    fields: dict[str, Any] = {"tag": "outer", "round": 0, "attempt": 0, "fragment": 0, "tokens": 1.0, "digest": "d"}
+    return Committed(**fields, version=version, contributors=(by,), cursors=cursors, starts=starts)
 
 
 def only(*records: Record) -> EpochReport:
@@ -87,21 +88,25 @@ def test_open_shards_are_named_with_their_holders() -> None:
 
 def test_who_is_lost_between_two_fragments_leaves_a_part_and_that_is_counted() -> None:
     """Rule 8's one exception; with one fragment it cannot be."""
-    begun: list[Record] = [
-        Admitted(member=Member(name="a", incarnation=1, addresses=()), site="s", life=1),
-        *(LoopFounded(tag="outer", spec=SPEC, fragment=fragment, state_hash="h") for fragment in (0, 1)),
-        dataset(),
-        Leased(name="a", shards=(0,)),
-        fragment_commit(0, s0=(0, 4)),
-        fragment_commit(1, s0=(0, 6)),
-    ]
+
+    def begun(fragments: int) -> list[Record]:
+        return [
+            Admitted(member=Member(name="a", incarnation=1, addresses=()), site="s", life=1),
+            LoopFounded(tag="outer", spec=replace(SPEC, fragments=fragments), fragment=0, state_hash="h"),
+            dataset(),
+            Leased(name="a", shards=(0,)),
+            commit_to(1, s0=(0, 4)),
+            commit_to(2, s0=(4, 6)),
+        ]
+
     lost = [Departed(name="a", incarnation=1, reason="gone"), Leased(name="b", shards=(0,))]
-    assert faults(only(*begun)) == (0, 0, 0), "it can still give the rest"
-    assert faults(only(*begun, fragment_commit(0, s0=(4, 10)), fragment_commit(1, s0=(6, 10)))) == (0, 0, 0)
-    assert faults(only(*begun, *lost, fragment_commit(0, s0=(6, 10)))) == (0, 0, 2)
-    assert faults(only(*begun, *lost, fragment_commit(0, s0=(4, 10)))) == (2, 0, 2), "somebody else gave it again"
-    alone = [record for record in begun if not (isinstance(record, (LoopFounded, Committed)) and record.fragment)]
-    assert faults(only(*alone, *lost, commit(s0=(4, 10)))) == (0, 0, 0)
+    assert faults(only(*begun(3))) == (0, 0, 0), "it can still give the rest"
+    all_given = [commit_to(3, s0=(6, 7)), commit_to(4), commit_to(5)]
+    assert faults(only(*begun(3), *all_given, *lost)) == (0, 0, 0), "each fragment has had everything"
+    by_another = commit_to(3, by="b", s0=(6, 10))
+    assert faults(only(*begun(3), *lost, by_another)) == (0, 0, 2 + 6), "fragment 0 misses 2 samples, fragment 2 all 6"
+    assert faults(only(*begun(3), *lost, commit_to(3, by="b", s0=(4, 10)))) == (2, 0, 8), "somebody gave some again"
+    assert faults(only(*begun(1), *lost, commit_to(3, by="b", s0=(6, 10)))) == (0, 0, 0)
 
 
 def test_a_stream_is_complete_once_its_end_is_known() -> None:

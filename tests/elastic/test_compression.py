@@ -42,7 +42,7 @@ def relative_error(found: torch.Tensor, x: torch.Tensor) -> float:
 
 
 def test_the_rotation_keeps_to_the_blocks_of_the_wires() -> None:
-    assert wires._BLOCK == BLOCK
+    assert wires.BLOCK == BLOCK
 
 
 @pytest.mark.parametrize("elements", SIZES)

@@ -164,7 +164,7 @@ def test_the_cursor_is_the_last_batch_stepped(run: Run) -> None:
             batch = next(batches)
             assert peer.cursors == {0: 4 * number - 4}, "five are under way, and none of them counts"
             loop.learn(batch)
-            assert peer.cursors == {0: 4 * number} and loop._weight == 2 * 4 * number
+            assert peer.cursors == {0: 4 * number} and loop.replica.learned == 2 * 4 * number
 
 
 def test_without_an_outer_loop_a_pass_reads_all_there_is(run: Run) -> None:
@@ -297,14 +297,14 @@ def test_a_peer_with_a_gap_keeps_nobody_waiting(run: Run) -> None:
     other.learn(next(batches))
     other._reset()
     other.learn(next(batches))  # it had been prefetched; the one before it comes again behind the others
-    assert not second.whole and other._weight == 2 * 4
+    assert not second.whole and other.replica.learned == 2 * 4
     assert run.coordinator is not None
     coordinator = run.coordinator
     until(lambda: [member.state for member in coordinator.status().members] == ["active", "joining"])
     one.learn(next(iter(first.shards(Numbers(), batch_size=4, shard_size=40, epochs=1))))
     assert one.last_commit is not None and one.last_commit.contributors == ("p0",)
     other.flush()
-    assert other._weight == 2 * 4, "it keeps what it has until that is whole"
+    assert other.replica.learned == 2 * 4, "it keeps what it has until that is whole"
     steps = 1
     while not second.whole:
         other.learn(next(batches))
@@ -387,7 +387,7 @@ def test_a_state_restored_in_mid_flight_counts_each_sample_once(run: Run, later:
         for _ in range(6):
             old.learn(next(under_way))
         state, place = old.state_dict(), batches.batch_sampler.state_dict()
-        assert old._weight == 2 * (2 + 4)
+        assert old.replica.learned == 2 * (2 + 4)
         for _ in range(later):
             old.learn(next(under_way))
         until(lambda: seen.version.number == old.version.number)

@@ -229,7 +229,7 @@ def test_sigterm_to_any_rank_drains_the_peer(two: Run, sites: list[Site], tmp_pa
 
 def test_names_are_those_of_the_model_as_it_was_written() -> None:
     plain, compiled = Layout(model_of(1)), Layout(torch.compile(model_of(1)))  # type: ignore[arg-type]
-    assert compiled.fingerprint == plain.fingerprint and compiled.named == plain.named
+    assert compiled.fingerprint == plain.fingerprint and compiled.described == plain.described
 
 
 def test_a_model_in_the_older_wrapper_is_refused() -> None:
