@@ -18,6 +18,8 @@ from .optimizers import norm
 from .rule import PLAIN, WHOLE_ROUND, Facts, Rule
 from .state import Layout, State, Version
 
+PIECE = 1 << 20  # numbers at a time, where what is between two results need not be there as a whole
+
 
 @dataclass
 class Place:
@@ -59,7 +61,7 @@ class Flight:
     @property
     def finite(self) -> bool:
         """Whether all that it holds are numbers."""
-        return bool(torch.isfinite(self.payload).all())
+        return all(bool(torch.isfinite(piece).all()) for piece in torch.split(self.payload, PIECE))
 
 
 @dataclass
@@ -132,7 +134,8 @@ class Replica:
         """What this peer gives to the next round. A contribution that is not `finite` must not be sent."""
         f = self.state.next
         place = self.places[f]
-        delta = torch.sub(self._anchor(f), self.layout.read(f))
+        delta = self.layout.read(f)
+        torch.sub(self._anchor(f), delta, out=delta)  # in place: fresh memory costs more than the arithmetic
         if place.owed is not None:
             delta.add_(place.owed)
         offered = self.rule.feedback.offered(place.residual, delta)
@@ -240,7 +243,10 @@ class Replica:
         offset = self.places[f].offset
         ends = [v.parameters if offset is None else torch.add(v.parameters, offset) for v in (before, after)]
         old, new = (self.layout.held(f, end) for end in ends)
-        self.layout.write(f, torch.add(self.layout.read(f), torch.sub(new, old)))
+        local = self.layout.read(f)
+        for here, there, now in zip(*(torch.split(each, PIECE) for each in (local, old, new)), strict=True):
+            here.add_(torch.sub(now, there))
+        self.layout.write(f, local)
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
