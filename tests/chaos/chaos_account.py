@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import xxhash
 from chaos_harness import Chaos
-from chaos_worker import LR, MOMENTUM, RUN, SEED, SHARD, TOKENS
+from chaos_worker import LOOPS, LR, MOMENTUM, RUN, SEED, SHARD, TOKENS
 
 from elastic.journal import Admitted, Committed, Journal, LoopFounded, Opened
+from elastic.outer.state import combined
 from elastic.shards import Layout
 
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
@@ -39,6 +40,7 @@ class Account:
     def __init__(self, chaos: Chaos) -> None:
         self.chaos, self.folder = chaos, chaos.folder
         self.layout = Layout(chaos.samples, SHARD, SEED)
+        self.fragments: int = LOOPS[chaos.loop][1].get("fragments", 1)
         journal = Journal(self.folder / "journal.sqlite", RUN)
         self.records = journal.read()
         journal.close()
@@ -90,12 +92,12 @@ class Account:
 
     def check_rounds(self) -> None:
         """Replays every committed round from the contributions, and every sample from the cursors."""
-        n, generation = self.chaos.samples, 0
-        state: tuple[Numbers, Numbers] = (np.zeros(n, np.float32), np.zeros(n, np.float32))
+        n, generation = self.chaos.samples // self.fragments, 0
+        state = [(np.zeros(n, np.float32), np.zeros(n, np.float32)) for _ in range(self.fragments)]
         cursors: dict[int, int] = defaultdict(int)
         read: Counter[int] = Counter()
         rounds = 0
-        self.hashes = {0: digest_of(*state)}
+        self.hashes = {0: combined(digest_of(*part) for part in state)}
         for record in self.records:
             if isinstance(record, Opened):
                 generation = record.generation
@@ -105,14 +107,18 @@ class Account:
                 assert record.round == rounds
                 rounds += 1
                 if not record.skipped:
-                    state = self._replay(record, generation, state)
+                    moved = (record.version - 1) % self.fragments
+                    state[moved] = self._replay(record, generation, state[moved], moved)
+                    self.hashes[record.version] = combined(digest_of(*part) for part in state)
                     self._count(record, generation, cursors, read)
-        assert read == Counter(range(n)), "every sample counts once"
+        assert read == Counter(range(self.chaos.samples)), "every sample counts once"
         total = sum(record.tokens for record in self.records if isinstance(record, Committed))
-        assert total == n * TOKENS
+        assert total == self.chaos.samples * TOKENS
         self.tokens = total
 
-    def _replay(self, record: Committed, generation: int, state: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+    def _replay(
+        self, record: Committed, generation: int, state: tuple[Numbers, Numbers], moved: int
+    ) -> tuple[Numbers, Numbers]:
         key = (record.tag, generation, record.round, record.attempt)
         given = self.given[key]
         assert tuple(sorted(given)) == record.contributors, f"{key}: {sorted(given)} noted, {record.contributors}"
@@ -122,7 +128,7 @@ class Account:
             event = given[name]
             assert event["base"] == record.version - 1 and event["contributors"] == list(record.contributors)
             numbers: Numbers = np.load(self.folder / event["file"])
-            self._check_displacement(key, name, event, numbers)
+            self._check_displacement(key, name, event, numbers, moved)
             term = numbers * np.float32(event["multipliers"][index])
             total = term if index == 0 else total + term
         mean: Numbers = total / np.float32(given[record.contributors[0]]["divisor"])
@@ -132,13 +138,13 @@ class Account:
         momentum = momentum * np.float32(MOMENTUM) + mean
         update: Numbers = (momentum * np.float32(MOMENTUM) + mean) * np.float32(LR)
         parameters = parameters - update
-        self.hashes[record.version] = digest_of(parameters, momentum)
         return parameters, momentum
 
-    def _check_displacement(self, key: Any, name: str, event: dict[str, Any], numbers: Numbers) -> None:
-        """The contribution is made of exactly the steps that the peer made since it last counted."""
+    def _check_displacement(self, key: Any, name: str, event: dict[str, Any], numbers: Numbers, moved: int) -> None:
+        """The contribution is made of exactly the steps that the peer made since it last counted for the fragment."""
         steps = np.zeros(self.chaos.samples, np.float32)
         np.add.at(steps, event["pending"], np.float32(1))
+        steps = steps.reshape(self.fragments, -1)[moved]
         off = np.flatnonzero(np.abs(numbers + steps) > 1e-3)
         assert not off.size, f"{key} {name}: samples {off[:8]} give {numbers[off[:8]]} after {steps[off[:8]]} steps"
         assert event["weight"] == TOKENS * len(event["pending"]), f"{key} {name}: weight {event['weight']}"
@@ -149,7 +155,7 @@ class Account:
         for shard, position in record.cursors.items():
             newly.update(self.layout.order(shard)[cursors[shard] : position])
             cursors[shard] = max(cursors[shard], position)
-        trained = Counter(index for name in record.contributors for index in given[name]["pending"])
+        trained = Counter(index for name in record.contributors for index in given[name]["fresh"])
         assert newly == trained, (
             f"round {record.round} {record.contributors}: committed but not trained on: {newly - trained}; "
             f"trained on and not committed: {trained - newly}"

@@ -118,7 +118,9 @@ class Chaos:
         pace: float,
         names: tuple[str, ...] = NAMES,
         wan: Wan | None = None,
+        loop: str = "DiLoCo",
     ) -> None:
+        self.loop = loop
         self.server, self.folder, self.samples, self.pace = server, folder, samples, pace
         self.names, self.wan = names, wan
         self.random = random.Random(seed)
@@ -138,7 +140,7 @@ class Chaos:
         role = "coordinator" if name == "coordinator" else "peer"
         pid = self.server.fork(
             role=role, name=name, label=label, address=self.address, folder=str(self.folder),
-            samples=self.samples, pace=self.pace, **self.place(name),
+            samples=self.samples, pace=self.pace, loop=self.loop, **self.place(name),
         )  # fmt: skip
         self.now[name] = Process(label, pid, self.folder)
         self.lives.append(self.now[name])

@@ -30,8 +30,13 @@ from collectives.records import Done, Progress
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.errors import CoordinatorUnavailable, Evicted, NotEnoughPeers, RoundAborted
+from elastic.messages import Propose
+from elastic.outer.delayed import DelayedDiLoCo
 from elastic.outer.diloco import DiLoCo
+from elastic.outer.engine import OuterLoop
 from elastic.outer.optimizers import Nesterov
+from elastic.outer.replica import Flight
+from elastic.outer.streaming import StreamingDiLoCo
 from elastic.peer import Peer
 from fault.inject import Injection, strike
 
@@ -68,29 +73,68 @@ class Samples(torch.utils.data.Dataset[torch.Tensor]):
 class Tally(torch.nn.Module):
     """One number per sample; a step with SGD of rate 1 adds 1 to those of its batch."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, fragments: int) -> None:
         super().__init__()
-        self.x = torch.nn.Parameter(torch.zeros(n))
+        parts = torch.zeros(n).split(n // fragments)
+        self.layers = torch.nn.ParameterList(torch.nn.Parameter(part.clone()) for part in parts)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        return -self.x[batch].sum()
+        return -torch.cat(list(self.layers))[batch].sum()
 
 
-class Recorded(DiLoCo):
-    """DiLoCo that keeps its own account of the samples behind the next contribution."""
+class Recorded(OuterLoop):
+    """A loop that keeps its own account of the samples behind the next contribution.
+
+    fresh: those that no round counts yet. pending: for each fragment, those that it has not had yet. fresh_sent,
+    sent: the same, of the contribution that is on its way.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.pending: list[int] = []
+        self.pending: list[list[int]] = [[] for _ in self.layout.parts]
+        self.fresh: list[int] = []
+        self.sent: list[int] = []
+        self.fresh_sent: list[int] = []
+
+    def learned_from(self, samples: list[int]) -> None:
+        self.fresh += samples
+        for pending in self.pending:
+            pending += samples
+
+    def _proposal(self, flight: Flight) -> Propose:
+        self.sent, self.fresh_sent = list(self.pending[flight.fragment]), list(self.fresh)
+        return super()._proposal(flight)
 
     def _conclude(self, outcome: Any, *rest: Any) -> None:
         if outcome.commit is not None and outcome.counted:
-            self.pending.clear()  # no step is made during an exchange
+            del self.pending[self.version.next][: len(self.sent)]
+            del self.fresh[: len(self.fresh_sent)]
         super()._conclude(outcome, *rest)
 
     def _reset(self) -> None:
-        self.pending.clear()
+        self.fresh.clear()
+        for pending in self.pending:
+            pending.clear()
         super()._reset()
+
+
+class RecordedDiLoCo(Recorded, DiLoCo):
+    pass
+
+
+class RecordedDelayed(Recorded, DelayedDiLoCo):
+    pass
+
+
+class RecordedStreaming(Recorded, StreamingDiLoCo):
+    pass
+
+
+LOOPS: dict[str, tuple[type[Recorded], dict[str, Any]]] = {
+    "DiLoCo": (RecordedDiLoCo, {}),
+    "DelayedDiLoCo": (RecordedDelayed, {}),
+    "StreamingDiLoCo": (RecordedStreaming, {"fragments": 4, "sync_delay": 0, "merge_alpha": 0.0}),
+}
 
 
 class Trainer:
@@ -101,6 +145,7 @@ class Trainer:
         self.name, self.label = order["name"], order["label"]
         self.samples: int = order["samples"]
         self.pace: float = order["pace"]
+        self.make, self.options = LOOPS[order["loop"]]
         self.record = Record(self.folder / f"{self.label}.record")
         self.leaving, self.over = threading.Event(), threading.Event()
         self.hook: Callable[[Progress], None] | None = None
@@ -132,7 +177,8 @@ class Trainer:
             assert self.loop is not None
             file = f"{self.label}-{start.generation}-{start.round}-{start.attempt}.npy"
             np.save(self.folder / file, source.numpy())
-            given |= {"file": file, "pending": self.loop.pending, "weight": self.loop.replica.learned}
+            given |= {"file": file, "pending": self.loop.sent, "fresh": self.loop.fresh_sent}
+            given |= {"weight": self.loop.replica.flight.tokens if self.loop.replica.flight else 0.0}
             given |= {"base": self.loop.version.number, "cursors": self.peer.cursors}
         else:
             given |= {"value": source[0].item()}
@@ -170,17 +216,17 @@ class Trainer:
             self.hook = strike(injection, self.label, self.folder / "faults.jsonl")
 
     def train(self) -> None:
-        model = Tally(self.samples)
+        model = Tally(self.samples, self.options.get("fragments", 1))
         inner = torch.optim.SGD(model.parameters(), lr=1.0)
         beside = threading.Thread(target=self.plain, name="plain")
         beside.start()
         outer = Nesterov(lr=LR, momentum=MOMENTUM)
         try:
-            with Recorded(model, inner, self.peer, sync_every=SYNC_EVERY, outer=outer) as self.loop:
+            with self.make(model, inner, self.peer, sync_every=SYNC_EVERY, outer=outer, **self.options) as self.loop:
                 self.record("entered", version=self.loop.version.number, state_hash=self.loop.version.state_hash)
                 self.steps(model, inner, self.loop)
             self.record("finished", version=self.loop.version.number, state_hash=self.loop.version.state_hash,
-                        tokens=self.peer.progress.tokens, left=self.loop.pending)  # fmt: skip
+                        tokens=self.peer.progress.tokens, left=self.loop.fresh)  # fmt: skip
         finally:
             self.over.set()
             beside.join()
@@ -191,7 +237,7 @@ class Trainer:
     def steps(self, model: Tally, inner: torch.optim.Optimizer, loop: Recorded) -> None:
         data = self.peer.shards(Samples(self.samples), batch_size=BATCH, shard_size=SHARD, seed=SEED, epochs=1)
         for batch in data:
-            loop.pending.extend(batch.tolist())  # the exchange happens inside the step
+            loop.learned_from(batch.tolist())  # the exchange happens inside the step
             model(batch).backward()
             inner.step()
             inner.zero_grad()

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from chaos_account import Account
 from chaos_harness import NAMES, Chaos, Server, pause, until
+from chaos_worker import LOOPS
 
 from benchmarks.wan.wan import Wan
 
@@ -41,11 +42,12 @@ def run(
     samples: int,
     names: tuple[str, ...] = NAMES,
     wan: Wan | None = None,
+    loop: str = "DiLoCo",
 ) -> str:
     """One run, from its start to the comparison. Returns one line about it."""
     began = time.monotonic()
     folder.mkdir()
-    chaos = Chaos(server, folder, seed, samples=samples, pace=0.02, names=names, wan=wan)
+    chaos = Chaos(server, folder, seed, samples=samples, pace=0.02, names=names, wan=wan, loop=loop)
     try:
         for _ in range(faults):
             chaos.strike_once()
@@ -66,9 +68,11 @@ def run(
     return f"seed {seed}: {time.monotonic() - began:.0f} s, {dict(struck)}, {numbers}"
 
 
-@pytest.mark.parametrize("seed", [183, 145])
-def test_a_short_run_under_faults_is_what_its_contributions_make_it(server: Server, tmp_path: Path, seed: int) -> None:
-    print(run(server, tmp_path / "run", seed, faults=6, samples=4000))
+@pytest.mark.parametrize("seed, loop", [(183, "DiLoCo"), (145, "DelayedDiLoCo"), (77, "StreamingDiLoCo")])
+def test_a_short_run_under_faults_is_what_its_contributions_make_it(
+    server: Server, tmp_path: Path, seed: int, loop: str
+) -> None:
+    print(run(server, tmp_path / "run", seed, faults=6, samples=4000, loop=loop))
 
 
 def test_ten_kills_of_the_coordinator_cost_nobody_anything(server: Server, tmp_path: Path) -> None:
@@ -150,5 +154,6 @@ def test_long_runs_under_faults(server: Server, tmp_path: Path) -> None:
     deadline = time.monotonic() + float(os.environ.get("CHAOS_SECONDS", "300"))
     seed = int(os.environ.get("CHAOS_SEED", time.time_ns() % 1_000_000))
     while time.monotonic() < deadline:
-        print(run(server, tmp_path / f"{seed}", seed, faults=15, samples=12_000), flush=True)
+        loop = list(LOOPS)[seed % len(LOOPS)]
+        print(loop, run(server, tmp_path / f"{seed}", seed, faults=15, samples=12_000, loop=loop), flush=True)
         seed += 1
