@@ -46,6 +46,7 @@ from .rounds import KEPT_COMMITS, Operation, Pair, Phase
 MAX_WEIGHT = 1e15  # sums of it stay finite, and nearly exact
 MAX_ELEMENTS = 1 << 48  # sums of it stay within a message's integers
 CUT_RETRY_SECONDS = 30.0
+TOO_LATE_ONCE_TOO_OFTEN = 8  # so many proposals that came while their round was running
 
 
 class Rounds:
@@ -79,6 +80,7 @@ class Rounds:
         self._attempts: dict[str, tuple[int, int]] = {}
         self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
         self._absent: dict[str, set[str]] = {}
+        self._too_late: dict[tuple[str, str], int] = {}
 
     # --- as time goes by --------------------------------------------------------------------------------------------
 
@@ -119,6 +121,7 @@ class Rounds:
         if operation.phase is Phase.GATHERING:
             operation.proposals[name] = message
         elif before is None or before.incarnation != message.incarnation:
+            self._note_late(name, message)
             operation.late[name] = message
         elif before.sequence < message.sequence:
             self._replace(operation, name, message, now)
@@ -181,6 +184,7 @@ class Rounds:
     def _fresh_enough(self, name: str, message: Propose, now: float) -> bool:
         """Whether it may count in the loop's next round; if not, the peer is told what to do instead."""
         if not self._outer.is_current(name, message):
+            self._note_late(name, message)
             return False
         if self._leasing.has_read_others(name, message):
             self._outer.send_base(name, message.tag, message.fragment)
@@ -242,7 +246,7 @@ class Rounds:
             operation.opened_at = None
             return
         missing = expected - present
-        needed, grace = self._terms(operation, len(expected))
+        needed, grace = self._terms(operation, len(expected), missing)
         draining = any(proposal.leaving for proposal in operation.proposals.values())
         if operation.opened_at is None and (draining or len(present) >= min(needed, len(expected))):
             operation.opened_at = now
@@ -251,14 +255,21 @@ class Rounds:
         grace_over = operation.opened_at is not None and now - operation.opened_at >= grace
         if not missing or grace_over:
             self._absent.setdefault(operation.tag, set()).update(missing)
+            self._waited_for(operation, missing | present)
             self._begin_attempt(operation, present, now)
 
-    def _terms(self, operation: Operation, expected: int) -> tuple[int, float]:
-        """How many open the round, and for how many seconds it then waits: as the loop says, if it does."""
+    def _terms(self, operation: Operation, expected: int, missing: set[str]) -> tuple[int, float]:
+        """How many open the round, and for how many seconds it then waits: as the loop says, if it does.
+
+        Who has come too late again and again is waited for once, as long as the run's own grace: else a loop that waits
+        for nobody would never hear of a peer whose steps take longer than its rounds.
+        """
         asked = operation.proposals.values()
         quorum, graces = max((each.quorum for each in asked), default=0), [p.grace for p in asked if p.grace >= 0]
         usual = rounds.quorum_count(expected, self._policy.quorum, self._policy.min_peers)
         needed = max(quorum, self._policy.min_peers) if quorum else usual
+        if any(self._too_late.get((operation.tag, name), 0) >= TOO_LATE_ONCE_TOO_OFTEN for name in missing):
+            graces = []
         return needed, min(graces, default=self._timeouts.grace)
 
     def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
@@ -585,6 +596,16 @@ class Rounds:
         if not operation.outer:
             self._rounds[operation.tag] = operation.round + 1
         self._close(operation, operation.changed_at)
+
+    def _note_late(self, name: str, message: Propose) -> None:
+        """The round that it was made for has begun, or is over."""
+        self._too_late[message.tag, name] = self._too_late.get((message.tag, name), 0) + 1
+
+    def _waited_for(self, operation: Operation, names: set[str]) -> None:
+        """Whoever was waited for, in vain or not, is on time as far as anybody knows."""
+        for name in names:
+            if self._too_late.get((operation.tag, name), 0) >= TOO_LATE_ONCE_TOO_OFTEN or name in operation.proposals:
+                self._too_late.pop((operation.tag, name), None)
 
     def _close(self, operation: Operation, now: float) -> None:
         if self.operations.get(operation.tag) is operation:

@@ -213,7 +213,8 @@ class OuterLoop:
         self._exchange: Exchange | None = None
         self._kept_back: deque[Any] = deque()
         self._state, self._led_by = b"", ""
-        self._clock = self._launched_at = time.monotonic()
+        self._round_seconds = 0.0
+        self._clock = self._launched_at = self._noted_at = time.monotonic()
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -391,7 +392,16 @@ class OuterLoop:
         """Whether the next round should begin now; until its samples are whole again, this peer can give nothing."""
         if not self._can_give or self.peer.ending or self.replica.learned <= 0:
             return False
-        return self._opened or self.cadence.due(self._moment())
+        return self._opened or self._behind or self.cadence.due(self._moment())
+
+    @property
+    def _behind(self) -> bool:
+        """Whether rounds come and go within a step or two of this peer: it would always be too late for one.
+
+        So it offers what it has for the next one at once, if it need not stand still for that.
+        """
+        followed = self.last_commit is not None and self.peer.name not in self.last_commit.contributors
+        return followed and self.replica.rule.delay != 0 and 2 * self.step_seconds > self._round_seconds
 
     def _moment(self) -> Moment:
         progress = self.peer.progress
@@ -501,7 +511,16 @@ class OuterLoop:
         proposal = self._proposal(flight)
         operation = self.peer.operation(proposal, lambda _: (flight.payload, result), self._inbox)
         patience = self.peer.patience(self.timeout)
-        self._exchange = Exchange(operation, proposal, result, patience, self.peer.drain_left, self._inbox.put)
+        assert self._shelf is not None
+        self._exchange = Exchange(
+            operation,
+            proposal,
+            result,
+            patience,
+            at_most=self.peer.drain_left,
+            tell=self._inbox.put,
+            on_commit=self._shelf.offer_result,
+        )
         if self.replica.rule.delay == 0:
             self._settle()
         else:
@@ -681,6 +700,8 @@ class OuterLoop:
         self._doubts.clear()
 
     def _note(self, commit: Commit) -> None:
+        now = time.monotonic()
+        self._round_seconds, self._noted_at = _smoothed(self._round_seconds, now - self._noted_at), now
         self.last_commit = commit
         self._opened = False
         self.peer.finish(self.tag, commit.round)

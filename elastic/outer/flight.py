@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import RoundAborted
-from ..messages import Propose
+from ..messages import Commit, Propose
 from ..operations import Operation, Outcome
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Exchange:
     """Runs an operation in a thread of its own (`start`), or in the caller's (`wait` alone).
 
     result: where the operation puts the committed numbers. patience: seconds that it may take; at_most: seconds that
-    are left for it by now, which may become fewer. tell: puts something into the operation's inbox.
+    are left for it by now, which may become fewer. tell: puts something into the operation's inbox. on_commit: called
+    in whichever thread it runs, with a commit that has this contribution, and the result.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Exchange:
         patience: float,
         at_most: Callable[[], float],
         tell: Callable[[object], None],
+        on_commit: Callable[[Commit, torch.Tensor], None],
     ) -> None:
         self.proposal, self.result = proposal, result
         self.seconds = 0.0
         self._operation, self._patience, self._at_most, self._tell = operation, patience, at_most, tell
+        self._on_commit = on_commit
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -86,7 +89,10 @@ class Exchange:
     def _run(self) -> None:
         began = time.monotonic()
         try:
-            self._outcome = self._operation.run(self._patience, self._at_most)
+            outcome = self._operation.run(self._patience, self._at_most)
+            if outcome.commit is not None and outcome.counted:
+                self._on_commit(outcome.commit, self.result)
+            self._outcome = outcome
         except BaseException as error:  # told to whoever waits
             self._error = error
         self.seconds = time.monotonic() - began

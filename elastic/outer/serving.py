@@ -7,6 +7,7 @@ kept and not a whole model. Of several fragments, the hashes come first: one sma
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class Shelf:
         self.versions: dict[int, tuple[str, ...]] = {}
         self.results: dict[int, str] = {}
         self._served: dict[str, str] = {}
+        self._lock = threading.Lock()
         self._partials: dict[str, Partial] = {}
         self._brought: dict[str, Version] = {}
 
@@ -46,7 +48,7 @@ class Shelf:
         for number in [number for number in self.versions if number > state.number]:
             self._withdraw(number)  # of a line that the run went back from
         for number in [number for number in self.results if number > state.number]:
-            self._group.withdraw(self.results.pop(number))
+            self._take_back(self.results.pop(number))
         parts = [(self._part_key(f, part.number), part) for f, part in enumerate(state.parts)]
         keys = [key for key, _ in parts]
         if len(parts) > 1:
@@ -64,16 +66,21 @@ class Shelf:
             self._group.publish(key, parts, digest)
             self._served[key] = digest
 
+    def offer_result(self, commit: Commit, mean: torch.Tensor) -> None:
+        """Serves a committed result at once, also from another thread: whoever was left out may be waiting for it."""
+        if commit.version >= 0 and not commit.skipped:
+            with self._lock:
+                self._serve(self._key("result", commit.version), [mean], commit.digest)
+
     def keep_result(self, commit: Commit, mean: torch.Tensor, keep: int) -> None:
-        """Serves the result that led to a version to whoever was left out."""
-        key = self._key("result", commit.version)
-        self._group.publish(key, [mean], commit.digest)
-        self.results[commit.version] = key
+        """Serves the result that led to a version to whoever was left out, until `keep` newer ones are there."""
+        self.offer_result(commit, mean)
+        self.results[commit.version] = self._key("result", commit.version)
         fetched = min(self.versions, default=commit.version)  # who is fetching that one needs the results behind it
         needed = min(commit.version - keep + 1, fetched + 1)
         served: dict[int, tuple[str, ...]] = {number: (key,) for number, key in self.results.items()}
         for number in self._needless(served, needed):
-            self._group.withdraw(self.results.pop(number))
+            self._take_back(self.results.pop(number))
 
     def _key(self, kind: str, version: int) -> str:
         return f"{kind}/{self._tag}/0/{version}"
@@ -96,8 +103,11 @@ class Shelf:
         others = {key for kept in self.versions.values() for key in kept}
         for key in keys:
             if key not in others:
-                self._group.withdraw(key)
-                self._served.pop(key, None)
+                self._take_back(key)
+
+    def _take_back(self, key: str) -> None:
+        self._group.withdraw(key)
+        self._served.pop(key, None)
 
     # --- getting ------------------------------------------------------------------------------------------------------
 
