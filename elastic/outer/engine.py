@@ -383,6 +383,7 @@ class OuterLoop:
         self._listen()
         if self.replica.landing:
             self._settle()
+            self._listen()  # to what came behind its commit
         if self._due():
             self._settle()
             if self._can_give and self.replica.learned > 0:
@@ -585,9 +586,8 @@ class OuterLoop:
         exchange = self._exchange
         if exchange is None:
             return
-        began = time.monotonic()
         try:
-            outcome = exchange.wait()
+            outcome = self._awaited(exchange)
         except BaseException as error:
             if not exchange.started or exchange.finished:  # else this thread alone was interrupted
                 self._give_up(exchange, error)
@@ -597,6 +597,11 @@ class OuterLoop:
             self._exchange = None
             self.sync_seconds = _smoothed(self.sync_seconds, exchange.seconds)
             self._conclude(outcome, exchange)
+
+    def _awaited(self, exchange: Exchange) -> Outcome:
+        began = time.monotonic()
+        try:
+            return exchange.wait()
         finally:
             self._stalled += time.monotonic() - began
 

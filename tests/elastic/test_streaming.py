@@ -441,7 +441,6 @@ def test_a_decoupled_round_begins_with_its_quorum_and_waits_no_longer_than_the_o
     stop = threading.Event()
     options = {"sync_every": 8, "fragments": 4, "sync_delay": 1, "quorum": 1, "grace_cap": 0.02, "max_staleness": 99}
 
-
     def slow() -> OuterLoop:
         model = Layered(2)
         inner = inner_of(model)
@@ -496,6 +495,17 @@ def test_speed_matched_peers_are_ready_at_once(run: Run) -> None:
     last = events(run, "coordinator", "round.committed")[-1]
     assert 30 <= last["tokens"]["p0"] <= 40 and 5 <= last["tokens"]["p1"] <= 20, last["tokens"]
     assert loops[0].version.state_hash == loops[1].version.state_hash
+
+
+def test_a_single_merging_when_the_loop_is_left(run: Run) -> None:
+    run.policy = RunPolicy(min_peers=2, quorum=1.0)
+    results = run.together(
+        lambda peer: train(peer, elastic.DiLoCo, 30, sync_every=elastic.Final(), outer=SGD(lr=1.0)), run.several(2)
+    )
+    (before, one), (other_before, other) = results
+    assert one.version.number == other.version.number == 1 and one.statistics().rounds == 1
+    assert torch.equal(one.model.flat(), other.model.flat())
+    torch.testing.assert_close(one.model.flat(), (before + other_before) / 2)
 
 
 # --- what is no number, and other bad input ---------------------------------------------------------------------------
