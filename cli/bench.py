@@ -74,3 +74,19 @@ def join(size: float, wan: bool, access: float, cc: str, repeat: int, json_: str
 def recovery(size: float, faults: str, repeat: int, json_: str | None) -> None:
     """One of three peers is killed or frozen in mid all-reduce: how long until the others have the right sum?"""
     measure("recovery", "--size", f"{size:g}", "--faults", faults, "--repeat", str(repeat), json_=json_)
+
+
+@command.command(epilog="Example: elastic bench overlap --rates 50 --periods 2")
+@click.option("--rates", default="1000,200,50", show_default=True, help="Mbit/s, one link after the other.")
+@click.option("--rtt", type=click.FloatRange(0), default=30, show_default=True, help="Milliseconds of a round trip.")
+@click.option("--periods", type=click.IntRange(1), default=4, show_default=True, help="Of 32 steps, measured.")
+@click.option("--cc", default="cubic", show_default=True, help="Congestion control.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@_json
+def overlap(rates: str, rtt: float, periods: int, cc: str, markdown: bool, json_: str | None) -> None:
+    """What share of the time peers compute, under each outer loop, on links of several rates.
+
+    Two sites of an emulated WAN; needs root and /dev/net/tun. Compute is a timed wait. Takes about 8 minutes.
+    """
+    words = ["--rates", rates, "--rtt-ms", f"{rtt:g}", "--periods", str(periods), "--cc", cc]
+    measure("overlap", *words, *(["--markdown"] if markdown else []), json_=json_)

@@ -100,8 +100,9 @@ class Offer:
 class OuterStatistics:
     """rounds: applied here; contributed: of those, with this peer's numbers; refused: contributions that were no
     numbers. step_seconds: of an inner step, lately; sync_seconds: from sending to the commit, lately.
-    training_seconds, stalled_seconds: in all, between hooks, and waiting for exchanges; the first over their sum is
-    the compute utilisation. bytes_offered: of contributions, as they travel.
+    training_seconds, stalled_seconds, working_seconds: in all, between hooks, waiting for exchanges, and for all else
+    in hooks (copies, outer steps, hashes); the first over their sum is the compute utilisation. bytes_offered: of
+    contributions, as they travel.
     """
 
     rounds: int
@@ -111,6 +112,7 @@ class OuterStatistics:
     sync_seconds: float
     training_seconds: float
     stalled_seconds: float
+    working_seconds: float
     bytes_offered: int
 
 
@@ -202,7 +204,7 @@ class OuterLoop:
         self.step_seconds = self.sync_seconds = 0.0
         self._allotting = Allotting(wire, error_budget) if error_budget is not None else None
         self._counts = dict.fromkeys(("rounds", "contributed", "refused", "bytes_offered"), 0)
-        self._training = self._stalled = 0.0
+        self._training = self._stalled = self._working = 0.0
         self._seen: State | None = None
         self._stepped_from: tuple[State, torch.Tensor, Facts] | None = None
         self._shelf = Shelf(peer.group, tag) if peer.ranks.leads else None
@@ -261,6 +263,7 @@ class OuterLoop:
             sync_seconds=self.sync_seconds,
             training_seconds=self._training,
             stalled_seconds=self._stalled,
+            working_seconds=self._working,
         )
 
     def __enter__(self) -> Self:
@@ -364,11 +367,12 @@ class OuterLoop:
     # --- the inner loop's hook ----------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
-        began = time.monotonic()
+        began, stalled = time.monotonic(), self._stalled
         self._training += began - self._clock
         self.step_seconds = _smoothed(self.step_seconds, began - self._clock)
         self._work()
         self._clock = time.monotonic()
+        self._working += self._clock - began - (self._stalled - stalled)
 
     def _work(self) -> None:
         self.steps += 1

@@ -7,7 +7,9 @@ for the inner steps. At most one round is under way.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,10 +60,11 @@ class Flight:
     length: float = 0.0
     age: int = 0
 
-    @property
+    @cached_property
     def finite(self) -> bool:
-        """Whether all that it holds are numbers."""
-        return all(bool(torch.isfinite(piece).all()) for piece in torch.split(self.payload, PIECE))
+        """Whether all that it holds are numbers. NaN is both smallest and largest of what holds one."""
+        ends = torch.aminmax(self.payload) if self.payload.numel() else ()
+        return all(math.isfinite(end) for end in ends)
 
 
 @dataclass

@@ -81,3 +81,58 @@ def test_a_wrong_sum_fails_the_benchmark() -> None:
 
     with pytest.raises(BenchmarkError, match="w0 has a wrong result"):
         gather([Liar()])  # type: ignore[list-item]
+
+
+# --- overlap: what needs no network; the rest is tests/wan/test_overlap.py --------------------------------------------
+
+
+def overlap_result(title: str, rate: float, *ends: list[float]) -> Any:
+    """Two periods of two steps of a second, as the peers saw them."""
+    from benchmarks import overlap
+
+    found = {each.title: each for each in overlap.algorithms(8, 4)}[title]
+    answers = [{"ends": each, "hash": "h"} for each in ends]
+    return overlap.Result(found, rate, period=2, seconds=1.0, answers=answers)
+
+
+def test_overlap_counts_nominal_steps_of_the_peer_that_computes_least() -> None:
+    result = overlap_result("DiLoCo", 50, [0, 1, 2, 3, 4], [10, 11, 13, 14, 15])
+    assert result.measured == pytest.approx(80)
+    assert result.shares(result.worst) == pytest.approx([200 / 3, 100])
+
+
+def test_overlap_models_the_bytes_that_travel() -> None:
+    from benchmarks import overlap
+    from collectives.wires import WIRES
+
+    arguments = overlap.arguments_of(["--size", "8"])
+    usable = 50e6 * 1448 / 1500
+    models = {each.title: overlap.timing(each, 50, arguments) for each in overlap.algorithms(8, 4)}
+    assert models["DiLoCo"].exchange_seconds == pytest.approx(8 * 8 * 2**20 / usable)
+    assert models["Streaming"].exchange_seconds == pytest.approx(8 * 2**20 / usable)
+    there, back = (WIRES[wire].size(2**17) for wire in ("int4", "int8"))  # half a fragment, both ways
+    assert models["Streaming int4"].exchange_seconds == pytest.approx(8 * (there + back) / usable)
+    assert models["data-parallel"].utilisation == pytest.approx(0.1 / (0.1 + models["DiLoCo"].exchange_seconds))
+    assert models["DiLoCo"].utilisation < 0.8 and models["Streaming"].utilisation == models["Delayed"].utilisation == 1
+
+
+def test_overlap_says_where_it_is_shown() -> None:
+    from benchmarks import overlap
+
+    slow, quick = [0, 1, 3, 4, 6], [0, 1, 2, 3, 4.1]
+    rows = [overlap_result("DiLoCo", 1000, quick), overlap_result("Streaming", 1000, quick)]
+    assert overlap.verdicts(rows) == ["DiLoCo was nowhere below 80 %: nothing is shown"]
+    rows += [overlap_result("DiLoCo", 50, slow, quick), overlap_result("Streaming", 50, quick)]
+    [line] = overlap.verdicts(rows)
+    assert "on 50 Mbit/s" in line and "97.6 %" in line and line.endswith("reached")
+
+
+def test_overlap_fails_where_peers_differ() -> None:
+    from benchmarks import overlap
+    from benchmarks.common import BenchmarkError
+
+    result = overlap_result("Eager", 50, [0, 1], [0, 1])
+    overlap.check(result)
+    result.answers[1]["hash"] = "other"
+    with pytest.raises(BenchmarkError, match="Eager: the peers hold different versions"):
+        overlap.check(result)

@@ -705,3 +705,14 @@ def test_fragments_cover_everything_once_and_are_about_even(how: str, fragments:
     if how == "strided" and fragments > 1:
         first = next(f for f, part in enumerate(parts) if blocks[0] <= {*part})
         assert blocks[fragments % 8] <= {*parts[first]} if fragments < 8 else True
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_contribution_with_one_value_that_is_no_number_is_not_finite(bad: float) -> None:
+    model = Layered(0)
+    replica = Replica(Layout(model), diloco.rule())
+    replica.state = replica.begin()
+    assert replica.launch().finite
+    with torch.no_grad():
+        model.layers[2][77] = bad
+    assert not replica.launch().finite
