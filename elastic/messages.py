@@ -134,21 +134,17 @@ class Heartbeat(Message):
 class Propose(Message):
     """Offers a contribution to the operation that is open, or next, under `tag`.
 
-        sequence: this incarnation's own count of operations under the tag; a repeated message keeps it.
-        round: the round that this proposal was already started in, after a coordinator's restart; else -1.
-        base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
-        cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
-        leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
-    <<<<<<< HEAD
-        starts: for each shard, how many of them stood behind earlier ones: for the audit.
-        tokens: trained since this peer's last contribution, of whatever fragment: what the run counts; -1: the weight.
-        length: of what is sent as a direction. quorum, grace: how many peers open this round, and how many seconds it then
-        waits for the others; 0 and -1: as the run's policy and timeouts say.
-    =======
-        starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
-        wires: how ranges of a sum of float32 should travel; an attempt takes the wires of its first contributor that has
-        some (planning.valid_wires). Empty: as the spec says.
-    >>>>>>> helper-a
+    sequence: this incarnation's own count of operations under the tag; a repeated message keeps it.
+    round: the round that this proposal was already started in, after a coordinator's restart; else -1.
+    base_version, base_hash: the version of the fragment that the numbers were measured from (-1: not an outer round).
+    cursors: for each shard, how many of its samples stand behind this contribution or earlier ones.
+    leaving: this peer drains: the round opens at once, so that what it has learned is not lost with it.
+    starts: for each shard, how many of them stood behind earlier ones of the same fragment: for the audit.
+    tokens: trained since this peer's last contribution, of whatever fragment: what the run counts; -1: the weight.
+    length: of what is sent as a direction. quorum, grace: how many peers open this round, and how many seconds it then
+    waits for the others; 0 and -1: as the run's policy and timeouts say.
+    wires: how ranges of a sum of float32 should travel; an attempt takes the wires of its first contributor that has
+    some (planning.valid_wires). Empty: as the spec says.
     """
 
     tag: str
