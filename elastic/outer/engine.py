@@ -267,7 +267,7 @@ class OuterLoop:
             ranks.teach(f"{self.tag}/mend", self._mend)
             self.joining.attach()
             self._together("enter", self._enter)
-            self._hook = self.inner.register_step_post_hook(lambda *_: self._together("step", self._after_step))
+            self._hook = self.inner.register_step_post_hook(lambda inner, *_: self._stepped(inner))
             self._ending = threading.current_thread(), self.finish if ranks.leads else self._leave
             self.peer.when_leaving.append(self._ending)
         except BaseException:
@@ -362,6 +362,10 @@ class OuterLoop:
             self._seen = State((), (number, state_hash)) if number >= 0 else None
 
     # --- the inner loop's hook ----------------------------------------------------------------------------------------
+
+    def _stepped(self, inner: torch.optim.Optimizer) -> None:
+        if not _skipped(inner):
+            self._together("step", self._after_step)
 
     def _after_step(self) -> None:
         began = time.monotonic()
@@ -894,6 +898,12 @@ def _check_whole(**values: Any) -> None:
     for name, value in values.items():
         if not (isinstance(value, int) and value >= 1):
             raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _skipped(inner: torch.optim.Optimizer) -> bool:
+    """Whether this call has changed nothing: a fused optimizer is told so by GradScaler, and its hooks run even then."""
+    found = getattr(inner, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())
 
 
 def _smoothed(before: float, now: float) -> float:
