@@ -901,7 +901,7 @@ def _check_whole(**values: Any) -> None:
 
 
 def _skipped(inner: torch.optim.Optimizer) -> bool:
-    """Whether this call has changed nothing: a fused optimizer is told so by GradScaler, and its hooks run even then."""
+    """Whether this call has changed nothing: GradScaler tells a fused optimizer so, whose hooks run even then."""
     found = getattr(inner, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found.item())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -452,6 +452,15 @@ def trained(model: NextByte, inner: torch.optim.Optimizer, n: int, seed: int) ->
     return model
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several would wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def held_out(model: NextByte) -> float:
     return model(10**9, 512).item()
@@ -480,7 +489,7 @@ def rise_after_joining(seed: int, how: str) -> float:
     return mean(after) - held_out(model)
 
 
-def test_a_fresh_adam_raises_the_loss_and_neither_a_rewarmed_one_nor_a_donors_moments_do() -> None:
+def test_a_fresh_adam_raises_the_loss_and_neither_a_rewarmed_one_nor_a_donors_moments_do(one_thread: None) -> None:
     rises = {how: mean(rise_after_joining(seed, how) for seed in range(SEEDS)) for how in joining.WAYS}
     print({how: round(rise, 4) for how, rise in rises.items()})
     assert rises["fresh"] > 0.01 > 0 > max(rises["rewarm"], rises["donor"])
