@@ -32,7 +32,7 @@ from .messages import (
     Represent,
 )
 from .parity import Claims
-from .roster import Roster
+from .roster import MemberState, Roster
 from .rounds import KEPT_COMMITS
 from .runstate import LINEAGE, LoopState, RunState, above
 
@@ -133,6 +133,7 @@ class OuterLoops:
         self._roster.members[name].exited.discard(message.tag)
         self._roster.members[name].trains.discard(message.tag)  # who asks has nothing to train from
         self._roster.members[name].held.pop((message.tag, message.fragment), None)
+        self._roster.members[name].moments.pop(message.tag, None)
         if loop is not None:
             loop.founders.discard(message.incarnation)
         if not self._take_offer(name, message):
@@ -311,6 +312,7 @@ class OuterLoops:
         version = loop.versions[fragment]
         sources = () if found else rounds.members_of(self.holders(tag, fragment), self._roster.identities())
         state_hash = loop.hashes.get((fragment, version), "")
+        donor, moments = self._donor(tag)
         base: Base = self._roster.stamp(
             Base,
             tag=tag,
@@ -320,8 +322,20 @@ class OuterLoops:
             sources=sources,
             state=self._run.state().to_bytes(),
             digest=loop.digests.get((fragment, version), ""),
+            donors=rounds.members_of(donor, self._roster.identities()),
+            moments=moments,
         )
         return base
+
+    def _donor(self, tag: str) -> tuple[list[str], str]:
+        """Who serves the newest moments of an inner optimizer, and their hash."""
+        served = [
+            (*state.moments[tag], name)
+            for name, state in self._roster.members.items()
+            if tag in state.moments and not state.silent
+        ]
+        _, moments, donor = max(served, default=(0, "", ""))
+        return [donor] if donor else [], moments
 
     # --- who holds what ---------------------------------------------------------------------------------------------
 
@@ -355,6 +369,7 @@ class OuterLoops:
         state.wrong.pop((message.tag, message.fragment), None)
         state.held[message.tag, message.fragment] = (message.version, message.state_hash)
         state.entered.add(message.tag)
+        self._note_moments(state, message)
         (state.trains.discard if message.receiving else state.trains.add)(message.tag)
         self._vacant.pop(message.tag, None)
         if message.version < newest:
@@ -364,6 +379,12 @@ class OuterLoops:
         for waiting in self._entering.pop(message.tag, set()) - {name}:
             self.send_base(waiting, message.tag, message.fragment)
         return True
+
+    def _note_moments(self, state: MemberState, message: Applied) -> None:
+        if not message.moments:
+            state.moments.pop(message.tag, None)
+        elif message.moments != state.moments.get(message.tag, (0, ""))[1]:
+            state.moments[message.tag] = (message.version, message.moments)
 
     def _is_void(self, loop: Loop, message: Applied, newest: int) -> bool:
         """Whether what the peer holds belongs to rounds that the run has left behind, or never knew."""
@@ -392,6 +413,7 @@ class OuterLoops:
         """The peer's script has left the loop; the peer stays a member."""
         self._roster.members[name].trains.discard(tag)
         self._roster.members[name].entered.discard(tag)
+        self._roster.members[name].moments.pop(tag, None)
         self._roster.members[name].exited.add(tag)
 
     def behind(self) -> int:

@@ -237,6 +237,7 @@ class Applied(Message):
     computed: it is the outcome of an outer step of its own, not of a transfer: it counts when hashes differ.
     digest: of the result that led to this version, from the Commit, or as the Base said ("": not known). A version
     that another result led to was committed by a coordinator that the run does not follow any more.
+    moments: of what this peer serves of its inner optimizer, the hash ("": nothing).
     """
 
     tag: str
@@ -246,6 +247,7 @@ class Applied(Message):
     receiving: bool = False
     computed: bool = False
     digest: str = ""
+    moments: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -423,6 +425,7 @@ class Base(Message):
 
     No sources: this peer has it itself, and may found the run if there is no hash either; if it does not have it,
     nobody has, and it should enter again with what it has.
+    donors, moments: who serves the newest moments of an inner optimizer, and their hash.
     """
 
     tag: str
@@ -432,6 +435,8 @@ class Base(Message):
     sources: tuple[Member, ...]
     state: bytes = b""
     digest: str = ""
+    donors: tuple[Member, ...] = ()
+    moments: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

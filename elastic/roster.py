@@ -48,7 +48,8 @@ class MemberState:
     """A member and what is known of it now. Only member, site and life are durable.
 
     repaired: how often it held other bits than the run, and had to fetch the state anew. wrong: those bits, until it
-    has said what it holds instead: messages that still speak of them are on their way.
+    has said what it holds instead: messages that still speak of them are on their way. moments: of each loop, the hash
+    of what it serves of its inner optimizer, and the version that it held when it first said so.
     """
 
     member: Member
@@ -63,6 +64,7 @@ class MemberState:
     exited: set[str] = field(default_factory=set)
     repaired: int = 0
     wrong: dict[tuple[str, int], str] = field(default_factory=dict)
+    moments: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 class Roster:

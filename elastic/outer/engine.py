@@ -57,6 +57,7 @@ from .cadence import Cadence, Moment, cadence_of
 from .compression import Compression
 from .feedback import Feedback, NoFeedback
 from .flight import Exchange
+from .joining import Joining
 from .local import Local
 from .replica import Flight, Replica
 from .rule import WHOLE_ROUND, Facts, Rule
@@ -134,6 +135,8 @@ class OuterLoop:
     timeout: seconds to wait for a round, with too few peers too; by default the peer's `timeouts.round`.
     checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
     living peer has them; a URL, or `Checkpoints`.
+    joining, rewarm_steps: how the inner optimizer begins when this peer comes into a run that has begun: "rewarm",
+    "donor" or "fresh" (`joining.py`); a checkpoint of this peer's own goes before.
 
     On entering, the peer fetches the run's outer state into the model, goes on from its newest checkpoint if nobody has
     anything newer, or founds the run with its own. When a round
@@ -168,6 +171,8 @@ class OuterLoop:
         timeout: float | None = None,
         tag: str = "outer",
         checkpoints: Checkpoints | str | None = None,
+        joining: str = "rewarm",
+        rewarm_steps: int = 100,
     ) -> None:
         _check_whole(max_staleness=max_staleness, keep_results=keep_results, fragments=fragments)
         if buffers not in ("local", "average"):
@@ -186,6 +191,7 @@ class OuterLoop:
             model, peer.ranks, tag, fragments=fragments, how=fragment_cut, buffers=buffers == "average"
         )
         self.replica = Replica(self.layout, rule)
+        self.joining = Joining(joining, rewarm_steps, inner, peer, tag, self.layout)
         gathered = gathered_in(wire) if gather_wire is None else check_wire(gather_wire)
         self.spec = OperationSpec(
             op=rule.combine,
@@ -271,8 +277,9 @@ class OuterLoop:
         try:
             ranks.mirror(self.tag, self._now, self._see)
             ranks.teach(f"{self.tag}/mend", self._mend)
+            self.joining.attach()
             self._together("enter", self._enter)
-            self._hook = self.inner.register_step_post_hook(lambda *_: self._together("step", self._after_step))
+            self._hook = self.inner.register_step_post_hook(lambda inner, *_: self._stepped(inner))
             self._ending = threading.current_thread(), self.finish if ranks.leads else self._leave
             self.peer.when_leaving.append(self._ending)
         except BaseException:
@@ -286,6 +293,7 @@ class OuterLoop:
         self._fetch_base(self._from_disk())
         self.replica.share = 1.0 / max(1, len(self.peer.view.members))
         self.replica.reset()
+        self.joining.entered(self.version.number)
         self.peer.when_idle.append(self._idle)
         self.peer.recomputes[self.tag] = self._recompute
         self._clock = self._launched_at = time.monotonic()
@@ -332,6 +340,7 @@ class OuterLoop:
             self._hook.remove()
             self._hook = None
             self.peer.when_leaving.remove(self._ending)
+        self.joining.detach()
         self.peer.ranks.forget(self.tag)
         if self._context is not None:
             self._leave_run()
@@ -365,6 +374,10 @@ class OuterLoop:
             self._seen = State((), (number, state_hash)) if number >= 0 else None
 
     # --- the inner loop's hook ----------------------------------------------------------------------------------------
+
+    def _stepped(self, inner: torch.optim.Optimizer) -> None:
+        if not _skipped(inner):
+            self._together("step", self._after_step)
 
     def _after_step(self) -> None:
         began, stalled = time.monotonic(), self._stalled
@@ -690,6 +703,7 @@ class OuterLoop:
             self.replica.follow(mean, facts=facts)
             self.replica.since = 0
         self.replica.share = 1.0 / len(commit.contributors)
+        self.joining.committed(commit)
         self._adopt(self.replica.state)
         assert self._shelf is not None
         self._shelf.keep_result(commit, mean, self.keep_results)
@@ -705,6 +719,7 @@ class OuterLoop:
     def _reset(self) -> None:
         self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
         self.replica.reset()
+        self.joining.rewarm()
         self._uncounted = 0.0
         self._doubts.clear()
 
@@ -741,6 +756,7 @@ class OuterLoop:
             receiving=self._receiving,
             computed=self._stepped_from is not None,
             digest=self._led_by,
+            moments=self.joining.digest,
         )
         self.peer.hold(applied)
 
@@ -812,7 +828,8 @@ class OuterLoop:
 
     def _restore_own_part(self, offer: Offer | None) -> None:
         if offer and offer.saved and self.saver and self.version is offer.version:
-            self.steps = self.saver.restore(offer.saved).get("steps", self.steps)
+            own = self.saver.restore(offer.saved)
+            self.steps, self.joining.restored = own.get("steps", self.steps), bool(own)
 
     def _ask_base(self, own: State | None, offer: Offer | None) -> Base:
         assert self._inbox is not None
@@ -844,6 +861,7 @@ class OuterLoop:
         """A version that this peer has not worked out itself."""
         self._stepped_from = None
         self._state, self._led_by = base.state, base.digest
+        self.joining.told(base)
         self._adopt(state)
 
     def _fetch(self, base: Base, sources: list[Any]) -> bool:
@@ -941,6 +959,12 @@ def _check_whole(**values: Any) -> None:
     for name, value in values.items():
         if not (isinstance(value, int) and value >= 1):
             raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _skipped(inner: torch.optim.Optimizer) -> bool:
+    """Whether this call has changed nothing: GradScaler tells a fused optimizer so, whose hooks run even then."""
+    found = getattr(inner, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.item())
 
 
 def _smoothed(before: float, now: float) -> float:
