@@ -13,12 +13,13 @@ Means over seeds; "+-" is half of a 95 % confidence interval by Student's t, of 
     python -m benchmarks.quality --quick                                  # a quick look: its figures say nothing
 
 Ends with 1 if a gate fails (they are printed below the table). With --quick one gate decides, that no row is worse than
-the untrained model.
+the untrained model. Interrupted, it reports the seeds that are complete.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import statistics
@@ -45,7 +46,7 @@ sys.path.insert(0, str(common.ROOT / "examples"))
 from gpt import GPT, VOCABULARY, GPTConfig
 from text import ByteDataset, held_out_batches, load_text, split
 
-SYNC_DELAY = 2  # of Streaming and Decoupled: a tenth of H
+SYNC_DELAY = 2  # of Streaming and Decoupled: an eighth of H
 SOUND = "nothing diverges"
 LONG, PARALLEL, ALONE = "alone-long", "data-parallel", "alone"
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom; the last one will do for more.
@@ -60,9 +61,9 @@ class Plan:
     """steps: of each peer. every: H. batch: windows a step and peer. learning_rate: of the inner AdamW at its peak."""
 
     steps: int = 400
-    every: int = 20
+    every: int = 16
     batch: int = 4
-    context: int = 64
+    context: int = 32
     layers: int = 2
     width: int = 32
     learning_rate: float = 8e-3
@@ -71,7 +72,7 @@ class Plan:
         return GPT(GPTConfig(layers=self.layers, d_model=self.width, heads=2, context=self.context), seed=seed)
 
 
-QUICK = Plan(steps=80, every=16, batch=2, context=32, layers=1, learning_rate=2e-3)
+QUICK = Plan(steps=80, batch=2, layers=1, learning_rate=2e-3)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -318,6 +319,14 @@ class Results:
     peers: int
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
 
+    def add(self, outcomes: dict[str, Outcome]) -> None:
+        for name, outcome in outcomes.items():
+            self.outcomes.setdefault(name, []).append(outcome)
+
+    @property
+    def seeds(self) -> int:
+        return min(map(len, self.outcomes.values()))
+
     def losses(self, name: str) -> list[float]:
         return [outcome.loss for outcome in self.outcomes[name]]
 
@@ -353,7 +362,7 @@ class Gate:
         return f"{ {True: 'holds', False: 'FAILS', None: 'not checked'}[self.holds] }: {self.name}: {self.found}"
 
 
-def gate(name: str, results: Results, names: Sequence[str], check: Callable[..., tuple[bool, str]]) -> Gate:
+def judged_by(name: str, results: Results, names: Sequence[str], check: Callable[..., tuple[bool, str]]) -> Gate:
     name = f"M = {results.peers}, {name}"
     if not results.has(*names):
         return Gate(name, None, f"needs {', '.join(names)}")
@@ -364,9 +373,9 @@ def gates(results: Results, limit: float) -> list[Gate]:
     lost = ("streaming", "streaming-lost10", "streaming-lost30")
     return [
         sound(results, limit),
-        gate("e3m0 within 2 seed deviations of f32", results, ("streaming-e3m0", "streaming"), near),
-        gate("more drops are no better", results, lost, no_better),
-        gate("DiLoCo <= eager <= delayed, lr .4", results, ("diloco-gentle", "eager", "delayed"), ordered),
+        judged_by("e3m0 within 2 seed deviations of f32", results, ("streaming-e3m0", "streaming"), near),
+        judged_by("more drops are no better", results, lost, no_better),
+        judged_by("DiLoCo <= eager <= delayed, lr .4", results, ("diloco-gentle", "eager", "delayed"), ordered),
     ]
 
 
@@ -468,16 +477,25 @@ def chosen(names: str) -> list[Row]:
     return [row for row in rows.values() if row.name in wanted]
 
 
-def measure(rows: Sequence[Row], text: Text, plan: Plan, peers: int, seeds: int) -> Results:
-    results = Results(peers)
-    for seed in range(seeds):
-        for row in rows:
-            began = time.monotonic()
-            outcome = run_row(row, text, plan, seed, peers)
-            results.outcomes.setdefault(row.name, []).append(outcome)
-            took = time.monotonic() - began
-            common.progress(f"M = {peers}, seed {seed}, {row.name}: {outcome.loss:.4f} nats/byte, {took:.1f} s")
-    return results
+def measure(rows: Sequence[Row], text: Text, plan: Plan, every: Sequence[int], seeds: int) -> list[Results]:
+    """Interrupted, the seeds that are complete."""
+    found = [Results(peers) for peers in every]
+    with contextlib.suppress(KeyboardInterrupt):
+        for seed in range(seeds):
+            outcomes = [{row.name: timed(row, text, plan, seed, peers) for row in rows} for peers in every]
+            for results, each in zip(found, outcomes, strict=True):
+                results.add(each)
+    if not found[0].outcomes:
+        raise BenchmarkError("interrupted before the first seed was complete")
+    return found
+
+
+def timed(row: Row, text: Text, plan: Plan, seed: int, peers: int) -> Outcome:
+    began = time.monotonic()
+    outcome = run_row(row, text, plan, seed, peers)
+    took = time.monotonic() - began
+    common.progress(f"seed {seed}, M = {peers}, {row.name}: {outcome.loss:.4f} nats/byte, {took:.1f} s")
+    return outcome
 
 
 def arguments_of() -> argparse.Namespace:
@@ -507,18 +525,17 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> int:
     quick, plan, rows = arguments.quick, plan_of(arguments), chosen(arguments.rows)
     text = Text(plan.context, 64 if quick else 512)
-    seeds = arguments.seeds or (2 if quick else 5)
-    report = Report("quality", f"Quality of the outer loops, {seeds} seeds, one process", COLUMNS)
-    found: list[Gate] = []
-    for peers in map(int, (arguments.peers or ("2" if quick else "4,8")).split(",")):
-        results = measure(rows, text, plan, peers, seeds)
+    every = [int(each) for each in (arguments.peers or ("2" if quick else "4,8")).split(",")]
+    found = measure(rows, text, plan, every, arguments.seeds or (2 if quick else 5))
+    report = Report("quality", f"Quality of the outer loops, {found[0].seeds} seeds, one process", COLUMNS)
+    for results in found:
         for row in rows:
             add(report, row, results, all_rows())
-        found += gates(results, untrained() if quick else text.guess)
-    report.notes += [*notes(plan, text), *map(str, found)]
+    judged = [gate for results in found for gate in gates(results, untrained() if quick else text.guess)]
+    report.notes += [*notes(plan, text), *map(str, judged)]
     common.publish(report, arguments)
-    deciding = [each for each in found if SOUND in each.name] if quick else found
-    return int(any(each.holds is False for each in deciding))
+    deciding = [gate for gate in judged if SOUND in gate.name] if quick else judged
+    return int(any(gate.holds is False for gate in deciding))
 
 
 if __name__ == "__main__":
