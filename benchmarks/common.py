@@ -324,10 +324,12 @@ class Report:
         return json.dumps({**{name: getattr(self, name) for name in names}, "command": self.command}, indent=1)
 
 
-def parser(doc: str | None, repeat: int = 7) -> argparse.ArgumentParser:
-    """The arguments that all benchmarks have."""
+def parser(doc: str | None, repeat: int | None = 7) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks have. repeat: None for those that do not time operations."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeat", type=int, default=repeat, metavar="N", help=f"operations per cell (default {repeat})")
+    if repeat is not None:
+        about = f"operations per cell (default {repeat})"
+        made.add_argument("--repeat", type=int, default=repeat, metavar="N", help=about)
     made.add_argument("--json", metavar="FILE", help="write all samples there too; - prints them instead of the table")
     made.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return made

@@ -6,6 +6,7 @@ A worker compares every result with the exact sum, and the benchmark fails if on
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,66 @@ def test_membership() -> None:
     assert ends > 3 and len(training["views"]) > ends, "all heard of each end, and of those who came back"
     assert training["sent"]["Begin"] > 40 and training["sent"]["Commit"] > 40
     assert any(" rounds committed" in note and not note.startswith("0 ") for note in found["notes"])
+
+
+ROWS = [
+    *("data-parallel", "alone", "alone-long", "diloco", "diloco-gentle", "eager", "delayed", "delayed-plain", "co2"),
+    *("streaming", "streaming-int4", "streaming-e3m0", "streaming-lost10", "streaming-lost30", "decoupled"),
+]
+
+
+def test_quality() -> None:
+    found = report("quality", "--quick")
+    rows = {sample["row"]: sample for sample in found["samples"]}
+    assert list(rows) == ROWS
+    for row in rows.values():
+        first, second = row["loss"]
+        assert math.isfinite(first) and math.isfinite(second) and first != second
+        assert first < math.log(256), "worse than an untrained model"
+    sent = {name: row["sent"][0] for name, row in rows.items()}
+    assert sent["data-parallel"] == 16 * sent["diloco"] == 16 * sent["decoupled"], "H = 16"
+    assert sent["streaming"] == sent["diloco"] > 7 * sent["streaming-int4"] == 7 * sent["streaming-e3m0"]
+    assert sent["alone"] == sent["alone-long"] == 0
+    arrived = {name: sum(row["arrived"]) / 2 for name, row in rows.items()}
+    assert 0.5 < arrived["streaming-lost30"] < arrived["streaming-lost10"] < arrived["streaming"] == 1
+    assert sent["streaming-lost30"] < sent["streaming"]
+    assert sum(note.startswith(("holds", "FAILS")) for note in found["notes"]) == 4
+
+
+def test_the_quality_of_an_unknown_row_is_refused_in_one_line() -> None:
+    command = [sys.executable, "-m", "benchmarks.quality", "--rows", "magic"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith("benchmark: no row is called magic: choose from ")
+    assert done.stderr.count("\n") == 1
+
+
+def held(**losses: list[float]) -> dict[str, bool | None]:
+    """Which gates of benchmarks.quality hold for these; names have _ for -."""
+    from benchmarks.quality import Outcome, Results, gates
+
+    results = Results(4, {name.replace("_", "-"): [Outcome(loss) for loss in each] for name, each in losses.items()})
+    return {gate.name.removeprefix("M = 4, "): gate.holds for gate in gates(results, limit=3.0)}
+
+
+def test_the_gates_of_quality() -> None:
+    sound, near, drops, order = held(streaming=[2.0, 2.1])
+    assert held(streaming=[2.0, 2.1]) == {sound: True, near: None, drops: None, order: None}
+    assert not held(diloco=[2.0, 3.1])[sound] and not held(diloco=[math.nan, 2.0])[sound]
+    assert held(streaming=[2.0, 2.1], streaming_e3m0=[2.1, 2.2])[near]
+    assert not held(streaming=[2.0, 2.1], streaming_e3m0=[2.2, 2.3])[near]
+    some = {"streaming": [2.0, 2.1], "streaming_lost10": [2.1, 2.3], "streaming_lost30": [2.2, 2.2]}
+    assert held(**some)[drops], "30 % are no better than by chance"
+    assert not held(**some | {"streaming_lost30": [2.0, 2.2001]})[drops]
+    late = {"diloco_gentle": [2.0, 2.1], "eager": [2.2, 2.1], "delayed": [2.3, 2.4]}
+    assert held(**late)[order]
+    assert not held(**late | {"eager": [2.0, 2.0]})[order] and not held(**late | {"delayed": [2.0, 2.1]})[order]
+
+
+def test_intervals_of_quality_are_of_differences_within_seeds() -> None:
+    from benchmarks.quality import Difference
+
+    found = Difference.of([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])
+    assert found.mean == 2 and found.half == pytest.approx(4.303 / math.sqrt(3))
 
 
 def test_a_wrong_sum_fails_the_benchmark() -> None:
