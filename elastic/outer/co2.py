@@ -11,8 +11,9 @@ were measured. How the paper computes it could not be verified, and its publishe
     Lambda(t)  =  max(1,  |theta(t) - theta(t-1)| / |delta(t-1)|)        |theta(t) - theta(t-1)| = lr |m(t-1)|
 
 so that a contribution that was measured further from here than it is long counts less; gap and penalty grow with lr and
-beta. The published code also discards the clipped momentum; here clipping acts. Both norms are replicated, under the
-bit rule.
+beta. The published code's lr of 1 with beta 0.5 is stable only while the inner steps go less than half of the way to
+the optimum; the default here is 0.4, which is stable whatever they do. That code also discards the clipped momentum;
+here clipping acts. Both norms are replicated, under the bit rule.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class CO2Rule(Rule):
 def rule(outer: OuterOptimizer | None = None, *, penalty: bool = True, clip: float = 1.0, **options: Any) -> Rule:
     """The equations above. options: fields of `Rule`. Raises ConfigurationError."""
     check_above("clip", clip)
-    outer = outer or HeavyBall(lr=1.0, momentum=0.5)
+    outer = outer or HeavyBall(lr=0.4, momentum=0.5)
     if not isinstance(outer, HeavyBall):
         raise ConfigurationError(f"CO2 has a heavy ball as its outer optimizer, not {outer.description}")
     return CO2Rule(name="CO2", outer=outer, delay=WHOLE_ROUND, takes_out=True, penalty=penalty, clip=clip, **options)

@@ -60,7 +60,7 @@ from .flight import Exchange
 from .joining import Joining
 from .local import Local
 from .replica import Flight, Replica
-from .rule import WHOLE_ROUND, Facts, Rule
+from .rule import Facts, Rule, check_delay
 from .saving import Saver
 from .serving import Shelf
 from .state import Layout, State
@@ -937,22 +937,6 @@ class OuterLoop:
         self._doubts.clear()
         self._uncounted = state["uncounted"]
         self._adopt(self.replica.state)
-
-
-def check_delay(delay: int, cadence: Cadence, fragments: int) -> None:
-    """ConfigurationError if an exchange could not be over when the next one is to begin."""
-    if not (isinstance(delay, int) and not isinstance(delay, bool) and (delay >= 0 or delay == WHOLE_ROUND)):
-        raise ConfigurationError(f"sync_delay is {delay!r}: it must be a whole number of inner steps, at least 0")
-    shortest = cadence.shortest
-    if not shortest or delay <= 0:
-        return
-    if delay >= shortest:
-        raise ConfigurationError(f"sync_delay is {delay}, sync_every {shortest:g}: sync_every must be above sync_delay")
-    if delay > shortest // fragments:
-        raise ConfigurationError(
-            f"sync_delay is {delay}, but with {fragments} fragments an exchange begins every {shortest // fragments:g} "
-            f"of sync_every={shortest:g} steps, and one is under way at a time: use fewer fragments or a shorter delay"
-        )
 
 
 def _check_whole(**values: Any) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import ConfigurationError
+from .cadence import Cadence
 from .compression import Compression
 from .feedback import Feedback, NoFeedback
 from .optimizers import Nesterov, OuterOptimizer
@@ -110,3 +112,19 @@ class Rule:
     def merge(self, local: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
         """What the local parameters become once a round with this peer's contribution is applied."""
         return torch.add(torch.mul(local, self.mix), torch.mul(outer, 1.0 - self.mix))
+
+
+def check_delay(delay: int, cadence: Cadence, fragments: int) -> None:
+    """ConfigurationError if an exchange could not be over when the next one is to begin."""
+    if not (isinstance(delay, int) and not isinstance(delay, bool) and (delay >= 0 or delay == WHOLE_ROUND)):
+        raise ConfigurationError(f"sync_delay is {delay!r}: it must be a whole number of inner steps, at least 0")
+    shortest = cadence.shortest
+    if not shortest or delay <= 0:
+        return
+    if delay >= shortest:
+        raise ConfigurationError(f"sync_delay is {delay}, sync_every {shortest:g}: sync_every must be above sync_delay")
+    if delay > shortest // fragments:
+        raise ConfigurationError(
+            f"sync_delay is {delay}, but with {fragments} fragments an exchange begins every {shortest // fragments:g} "
+            f"of sync_every={shortest:g} steps, and one is under way at a time: use fewer fragments or a shorter delay"
+        )

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from ..rounds import float32, mean_length, scalars
+from ..tensors import gathered_in
 from .cadence import Cadence, Moment, cadence_of
 from .compression import Compression
 from .replica import Flight, Replica
-from .rule import Facts, Rule
+from .rule import Facts, Rule, check_delay
 from .state import Layout
 
 
@@ -43,13 +44,15 @@ class Simulator:
         sync_every: int | str | Cadence = 100,
         fragments: int = 1,
         cut: str = "strided",
-        gather_wire: str = "",
+        gather_wire: str | None = None,
         buffers: bool = False,
         received: Callable[[int, int], bool] = lambda turn, replica: True,
         max_staleness: int = 4,
     ) -> None:
         self.rule, self.cadence, self.received = rule, cadence_of(sync_every), received
-        self.gather = Compression(wire=gather_wire or rule.compression.wire)
+        check_delay(rule.delay, self.cadence, fragments)
+        wire = rule.compression.wire
+        self.gather = Compression(wire=(gathered_in(wire) if gather_wire is None else gather_wire) or wire)
         self.max_staleness = max_staleness
         self.replicas = [Replica(Layout(m, fragments=fragments, how=cut, buffers=buffers), rule) for m in models]
         first = self.replicas[0].begin()

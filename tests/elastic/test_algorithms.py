@@ -14,12 +14,11 @@ from elastic.errors import ConfigurationError
 from elastic.outer import co2, decoupled, delayed, diloco, streaming
 from elastic.outer.cadence import Final, Late, Moment, Ramp, Seconds, Steps, cadence_of
 from elastic.outer.compression import Compression
-from elastic.outer.engine import check_delay
 from elastic.outer.feedback import EF21, EControl, ErrorFeedback
 from elastic.outer.fragments import cut
 from elastic.outer.optimizers import SGD, Adam, HeavyBall, Nesterov, norm, power
 from elastic.outer.replica import Replica
-from elastic.outer.rule import Facts, Rule
+from elastic.outer.rule import Facts, Rule, check_delay
 from elastic.outer.simulator import Simulator
 from elastic.outer.state import Layout
 from elastic.outer.weighting import Equal, FedBuff, FedFix, Throughput, Tokens
@@ -300,7 +299,7 @@ def test_rda_trains() -> None:
 
 RULES: list[Callable[..., Rule]] = [
     diloco.rule,
-    streaming.rule,
+    lambda **options: streaming.rule(sync_delay=2, **options),
     delayed.rule,
     lambda **options: delayed.rule(eager=True, **options),
     co2.rule,
@@ -676,7 +675,7 @@ def bad_inputs() -> Iterator[tuple[Callable[[], Any], str]]:
     yield lambda: cut([("a.0.w", (3,)), ("a.1.w", (3,))], 3), "fragments is 3: this model has 2 layers"
     yield lambda: cut([("a.0.w", (3,))], 1, "random"), "cannot be cut 'random'"
     yield lambda: streaming.rule(merge_alpha=1.5), "merge_alpha is 1.5"
-    yield lambda: delayed.rule(Nesterov(lr=0.7, momentum=0.9)), r"diverges .* use lr=0.4 with momentum=0.9, or eager=T"
+    yield lambda: delayed.rule(Nesterov(lr=0.7, momentum=0.9)), r"diverges .* use lr=0.2 with momentum=0.9, or eager=T"
     yield lambda: delayed.rule(Adam(), eager=True), "eager updates need a linear outer optimizer"
     yield lambda: co2.rule(SGD()), "CO2 has a heavy ball"
     yield lambda: co2.rule(clip=0.0), "clip is 0.0"
