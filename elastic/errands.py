@@ -1,9 +1,9 @@
 """How the leader of a peer's ranks has another rank execute one attempt: the errand, and the connection for it.
 
 Each errand has a connection of its own within the site, from the leader to a door that the rank keeps open: greeting,
-errand, source; then, from the rank, how it ended, and the result. Meanwhile the leader may say Stop; if the connection
-ends, that says the same. Both sides prove that they know a secret that only the ranks of this peer have, and nothing
-that comes is unpickled.
+errand, source; then, from the rank, how it ended, and the result. Meanwhile the leader may say Stop, and if the
+connection ends, that says the same; the rank says that it is Alive. Both sides prove that they know a secret that only
+the ranks of this peer have, and nothing that comes is unpickled.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collectives.transfer import as_bytes
 from .messages import MAX_MESSAGE_BYTES, MessageError, decode, encode
 
 GREETING_SECONDS = 5.0
+PIECE = 1 << 20  # bytes
 MOST_VISITORS = 256  # connections at a door: one for each operation under way, and some that are no rank's
 _LENGTH = struct.Struct("<I")
 _NONCE, _PROOF = 16, 32
@@ -78,7 +79,12 @@ class Ended:
     bytes_received: int = 0
 
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Errand, Stop, Known, Ended)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """Said by a rank now and then while it runs an errand."""
+
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Errand, Stop, Known, Ended, Alive)}
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -98,6 +104,21 @@ def receive(sock: socket.socket, kind: type[Received]) -> Received:
     if not isinstance(message, kind):
         raise MessageError(f"a {type(message).__name__} from a rank of this peer has no place here")
     return message
+
+
+def receive_ended(sock: socket.socket) -> Ended:
+    """How an errand ended, however long it takes a rank that is alive. TimeoutError if it is silent."""
+    while True:
+        message = receive(sock, object)
+        if isinstance(message, Ended):
+            return message
+
+
+def give(sock: socket.socket, tensor: torch.Tensor) -> None:
+    """TimeoutError only if nothing gets on: the time that a socket allows is that of one call."""
+    view = as_bytes(tensor)
+    for at in range(0, len(view), PIECE):
+        sock.sendall(view[at : at + PIECE])
 
 
 def fill(sock: socket.socket, tensor: torch.Tensor) -> None:
@@ -152,9 +173,12 @@ def listening(near: bool) -> socket.socket:
     return kept_from_children(socket.create_server(("", 0), backlog=MOST_VISITORS))
 
 
-def knock(door: Door, secret: bytes) -> socket.socket:
-    """A connection to a rank that has proved to be one. OSError if there is nobody, or a stranger."""
-    sock = kept_from_children(socket.create_connection(door, GREETING_SECONDS))
+def knock(door: Door, secret: bytes, patience: float = GREETING_SECONDS) -> socket.socket:
+    """A connection to a rank that has proved to be one. OSError if there is nobody, or a stranger.
+
+    patience: seconds of silence after which this and whatever is done with it is a TimeoutError.
+    """
+    sock = kept_from_children(socket.create_connection(door, patience))
     try:
         greet(sock, secret, _LEADER, _RANK)
     except BaseException:
@@ -167,6 +191,7 @@ def welcome(sock: socket.socket, secret: bytes) -> None:
     """The other side of `knock`."""
     sock.settimeout(GREETING_SECONDS)
     greet(sock, secret, _RANK, _LEADER)
+    sock.settimeout(None)
 
 
 def greet(sock: socket.socket, secret: bytes, mine: bytes, theirs: bytes) -> None:
@@ -176,7 +201,6 @@ def greet(sock: socket.socket, secret: bytes, mine: bytes, theirs: bytes) -> Non
     sock.sendall(hmac.digest(secret, mine + _read(sock, _NONCE), "sha256"))
     if not hmac.compare_digest(_read(sock, _PROOF), hmac.digest(secret, theirs + nonce, "sha256")):
         raise ConnectionRefusedError("who is there is no rank of this peer")
-    sock.settimeout(None)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
@@ -195,15 +219,18 @@ class Call:
         self._stopped: Abort | None = None
 
     def make(self, errand: Errand, source: torch.Tensor | None, result: torch.Tensor) -> Ended:
-        """Sends it off, and returns when the rank has ended it. OSError if the rank is lost, or stopped too early."""
+        """Sends it off, and returns when the rank has ended it.
+
+        TimeoutError if the rank is silent, another OSError if it is lost, or was stopped too early.
+        """
         sock = self._dial()
         try:
             self._take(sock)
             sock.sendall(packed(errand))
             if source is not None:
-                sock.sendall(as_bytes(source))
+                give(sock, source)
             self._all_told()
-            ended = receive(sock, Ended)
+            ended = receive_ended(sock)
             if ended.done:
                 fill(sock, result)
             return ended

@@ -9,6 +9,7 @@ Whether an attempt is cut is a function of the Start alone, so that all its memb
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
 import time
@@ -40,7 +41,9 @@ from collectives.transfer import as_bytes
 
 from .config import environment
 from .errands import (
+    GREETING_SECONDS,
     MOST_VISITORS,
+    Alive,
     Call,
     Door,
     Ended,
@@ -48,6 +51,7 @@ from .errands import (
     Known,
     Stop,
     fill,
+    give,
     hosts,
     hosts_towards,
     knock,
@@ -58,7 +62,7 @@ from .errands import (
     receive,
     welcome,
 )
-from .errors import ConfigurationError, TransportError
+from .errors import CollectiveError, ConfigurationError, RoundAborted, TransportError
 from .messages import MessageError
 from .peer import endpoints, open_group
 from .tensors import Reserve
@@ -184,15 +188,40 @@ def _both(one: LinkRecord, other: LinkRecord) -> LinkRecord:
 # --- a rank that does not lead ----------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Visit:
+    """An errand that is being run. ending: it has been; what the leader does from then on does not matter."""
+
+    socket: socket.socket
+    start: Start
+    source: torch.Tensor | None
+    result: torch.Tensor
+    ending: bool = False
+    speaking: threading.Lock = field(default_factory=threading.Lock)
+
+    def hear(self, beat: float) -> Abort | None:
+        """What the leader says meanwhile; None: it is gone, or has all that it wanted. It is told that this lives."""
+        ears = select.poll()
+        ears.register(self.socket, select.POLLIN)
+        with contextlib.suppress(OSError, MessageError):
+            while not ears.poll(beat * 1000):
+                with self.speaking:
+                    if not self.ending:
+                        self.socket.sendall(packed(Alive()))
+            return receive(self.socket, Stop).abort
+        return None
+
+
 class Lane:
     """Runs errands for the leader until it is closed. Each has threads of its own; training waits for none of them.
 
-    group: with this rank's links. door: a listener, owned from here on, at which the leader knocks.
+    group: with this rank's links. door: a listener, owned from here on, at which the leader knocks. beat: seconds
+    between signs of life.
     """
 
-    def __init__(self, group: Group, door: socket.socket, secret: bytes) -> None:
+    def __init__(self, group: Group, door: socket.socket, secret: bytes, beat: float) -> None:
         self.group = group
-        self._door, self._secret = door, secret
+        self._door, self._secret, self._beat = door, secret, beat
         self._lock = threading.Lock()
         self._visitors: dict[socket.socket, threading.Thread] = {}
         self._newest, self._closed = -1, threading.Event()
@@ -244,36 +273,22 @@ class Lane:
         source = self._reserve.take(start.elements, dtype) if errand.gives else None
         if source is not None:
             fill(sock, source)
-        result = self._reserve.take(start.elements, dtype)
-        ending = threading.Event()
-        work = (sock, start, source, result, ending)
-        thread = threading.Thread(target=self._execute, args=work, name="elastic-lane-run", daemon=True)
+        visit = _Visit(sock, start, source, self._reserve.take(start.elements, dtype))
+        thread = threading.Thread(target=self._execute, args=(visit,), name="elastic-lane-run", daemon=True)
         thread.start()
-        abort = self._heard(sock) or _given_up(start)
-        if not ending.is_set():
+        abort = visit.hear(self._beat) or _given_up(start)
+        if not visit.ending:
             self.group.abort(abort)
         thread.join()
 
-    def _heard(self, sock: socket.socket) -> Abort | None:
-        """What the leader has to say while the errand runs; None: it is gone, or has all that it wanted."""
-        with contextlib.suppress(OSError, MessageError):
-            return receive(sock, Stop).abort
-        return None
-
-    def _execute(
-        self,
-        sock: socket.socket,
-        start: Start,
-        source: torch.Tensor | None,
-        result: torch.Tensor,
-        ending: threading.Event,
-    ) -> None:
-        ended = self._end(start, source, result)
-        ending.set()  # before the leader hears of it: that it then lets go is no abort
+    def _execute(self, visit: _Visit) -> None:
+        ended = self._end(visit.start, visit.source, visit.result)
+        with visit.speaking:
+            visit.ending = True  # before the leader hears of it: that it then lets go is no abort
         with contextlib.suppress(OSError):  # it is gone: nobody needs this
-            sock.sendall(packed(ended))
+            visit.socket.sendall(packed(ended))
             if ended.done:
-                sock.sendall(as_bytes(result))
+                give(visit.socket, visit.result)
 
     def _end(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> Ended:
         try:
@@ -314,11 +329,15 @@ def ended_of(outcome: Outcome) -> Ended:
 
 @dataclass(frozen=True, slots=True)
 class LaneFacts:
-    """What the leader tells the other ranks, within the site. group: options that the groups of all ranks share."""
+    """What the leader tells the other ranks, within the site. group: options that the groups of all ranks share.
+
+    beat: seconds between signs of life.
+    """
 
     coordinator: str
     group: dict[str, Any]
     secret: bytes
+    beat: float
     machine: tuple[str, ...] = field(default_factory=machine)
     hosts: tuple[str, ...] = field(default_factory=lambda: tuple(hosts()))
 
@@ -344,7 +363,7 @@ def open_lane(facts: LaneFacts, rank: int, listen: str | None, advertise: str | 
         return LaneOffer(trouble=f"rank {rank}: {error}"), None
     names = ["127.0.0.1"] if near else hosts_towards(facts.hosts)
     doors = tuple((name, door.getsockname()[1]) for name in names)
-    return LaneOffer(group.addresses, doors), Lane(group, door, facts.secret)
+    return LaneOffer(group.addresses, doors), Lane(group, door, facts.secret, facts.beat)
 
 
 def beside(endpoints: str | None, rank: int) -> Any:
@@ -364,7 +383,7 @@ class LanedGroup(Group):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._doors: list[Door] = []
-        self._secret = b""
+        self._secret, self.patience = b"", GREETING_SECONDS
         self._flights: dict[Identity, _Flight] = {}
         self._flying = threading.Lock()
         self._views = 0
@@ -372,15 +391,18 @@ class LanedGroup(Group):
         self._shunned: dict[int, float] = {}
         self._carried: dict[int, tuple[int, int]] = {}
 
-    def lead(self, offers: list[LaneOffer], secret: bytes) -> str:
-        """offers: of each other rank, by rank. Says why there are no lanes; "" if there are."""
+    def lead(self, offers: list[LaneOffer], secret: bytes, patience: float) -> str:
+        """offers: of each other rank, by rank. patience: seconds that one may be silent.
+
+        Says why there are no lanes; "" if there are.
+        """
         trouble = "; ".join(offer.trouble for offer in offers if offer.trouble)
         try:
             doors = [reach(offer.doors, secret) for offer in offers] if not trouble else []
         except OSError as error:
             trouble = f"the leader does not reach a rank of its peer: {error}"
         if not trouble:
-            self._secret, self._doors = secret, doors
+            self._secret, self._doors, self.patience = secret, doors, patience
             self.member = replace(self.member, lanes=tuple(offer.addresses for offer in offers))
         return trouble
 
@@ -409,7 +431,7 @@ class LanedGroup(Group):
         alike = [member for member in members if len(member.lanes) == len(self._doors)]
         for lane, door in enumerate(self._doors, 1):
             with contextlib.suppress(OSError):
-                with knock(door, self._secret) as sock:
+                with knock(door, self._secret, self.patience) as sock:
                     sock.sendall(packed(Known(number=number, members=tuple(lane_member(m, lane) for m in alike))))
         with self._flying:
             self._couriers.discard(threading.current_thread())
@@ -462,7 +484,7 @@ class LanedGroup(Group):
         super().abort(abort)
 
     def call(self, lane: int) -> Call:
-        return Call(lambda: knock(self._doors[lane - 1], self._secret))
+        return Call(lambda: knock(self._doors[lane - 1], self._secret, self.patience))
 
     def ended(self, ends: list[Ended]) -> None:
         """Keeps what is to be known of the lanes when an attempt has ended."""
@@ -484,6 +506,10 @@ class LanedGroup(Group):
         return tuple(LinkFailure(peer=m.name, incarnation=m.incarnation, evidence="reset") for m in shunned)
 
 
+def lost_rank(lane: int, why: object) -> TransportError:
+    return TransportError(f"rank {lane} of this peer is lost ({why}): end all ranks, and start them anew")
+
+
 class _Flight:
     """One attempt that all ranks of this peer carry. It runs in the caller's thread, and one for each other rank."""
 
@@ -496,7 +522,7 @@ class _Flight:
         self._lock = threading.Lock()
         self._stopped_at = 0.0
         self._first = -1
-        self._lost_rank: tuple[int, Exception] | None = None
+        self._trouble: CollectiveError | None = None
 
     def run(self) -> Outcome:
         began = time.monotonic()
@@ -517,9 +543,8 @@ class _Flight:
         return self._outcome(time.monotonic() - began)
 
     def _outcome(self, seconds: float) -> Outcome:
-        if self._lost_rank is not None:
-            lane, error = self._lost_rank
-            raise TransportError(f"rank {lane} of this peer is lost ({error}): end all ranks, and start them anew")
+        if self._trouble is not None:
+            raise self._trouble
         identity = self._start.identity
         if all(ended.done for ended in self._ends):
             digest = xxh3_128_hexdigest(as_bytes(self._result))
@@ -542,10 +567,16 @@ class _Flight:
             ended = self._calls[lane].make(Errand(start=start, gives=source is not None), source, result)
         except (OSError, MessageError) as error:
             ended = Ended(done=False, reason=f"the connection within the peer ended: {error}")
-            with self._lock:
-                if not self._stopped_at:
-                    self._lost_rank = lane, error
+            self._missing(lane, error)
         self._finish(lane, ended)
+
+    def _missing(self, lane: int, error: Exception) -> None:
+        """Silence is not death: it costs the round. A rank that is gone ends the peer."""
+        with self._lock:
+            if isinstance(error, TimeoutError):
+                self._trouble = RoundAborted(f"rank {lane} of this peer was silent for {self._group.patience} s")
+            elif not self._stopped_at:
+                self._trouble = lost_rank(lane, error)
 
     def _part(self, lane: int) -> tuple[Start, torch.Tensor | None, torch.Tensor]:
         low, high = self._ranges[lane]
@@ -591,5 +622,5 @@ class _Flight:
 
     def _give_up(self, lane: int) -> None:
         with self._lock:
-            self._lost_rank = lane, TimeoutError(f"it has not stopped within {ENDING_SECONDS:.0f} s")
+            self._trouble = lost_rank(lane, f"it has not stopped within {ENDING_SECONDS:.0f} s")
         self._calls[lane].cut()

@@ -97,8 +97,9 @@ class RankedPeer(Peer):
         """All ranks open theirs; if one cannot, there are none, and the leader has all the links."""
         secret = secrets.token_bytes(32)
         self.ranks.order("lanes")
-        self.ranks.pass_on(LaneFacts(coordinator, options, secret))
-        trouble = self.ranks.pass_on(group.lead(self.ranks.gather(None)[1:], secret))
+        self.ranks.pass_on(LaneFacts(coordinator, options, secret, self.timeouts.heartbeat))
+        offers = self.ranks.gather(None)[1:]
+        trouble = self.ranks.pass_on(group.lead(offers, secret, self.timeouts.chunk))
         if trouble:
             self.events.emit("lanes.refused", reason=trouble)
 
