@@ -430,6 +430,8 @@ class LanedGroup(Group):
     def _tell_view(self, number: int, members: tuple[Member, ...]) -> None:
         alike = [member for member in members if len(member.lanes) == len(self._doors)]
         for lane, door in enumerate(self._doors, 1):
+            if number < self._views:
+                break
             with contextlib.suppress(OSError):
                 with knock(door, self._secret, self.patience) as sock:
                     sock.sendall(packed(Known(number=number, members=tuple(lane_member(m, lane) for m in alike))))

@@ -96,8 +96,9 @@ class RankedPeer(Peer):
     def _lead_lanes(self, group: LanedGroup, coordinator: str, options: dict[str, Any]) -> None:
         """All ranks open theirs; if one cannot, there are none, and the leader has all the links."""
         secret = secrets.token_bytes(32)
+        facts = LaneFacts(coordinator, options, secret, self.timeouts.heartbeat)
         self.ranks.order("lanes")
-        self.ranks.pass_on(LaneFacts(coordinator, options, secret, self.timeouts.heartbeat))
+        self.ranks.pass_on(facts)
         offers = self.ranks.gather(None)[1:]
         trouble = self.ranks.pass_on(group.lead(offers, secret, self.timeouts.chunk))
         if trouble:

@@ -229,7 +229,7 @@ def laned(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
     loop = order.get("loop", {})
     kind = elastic.StreamingDiLoCo if "sync_delay" in loop else elastic.DiLoCo
     with kind(model, inner, peer, sync_every=4, **loop) as outer:
-        watch(peer, order)
+        watch(peer, order, joint)
         while not peer.stopping:
             x = torch.randn(8, 6, generator=drawn)
             torch.nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
@@ -261,15 +261,15 @@ def carried(peer: elastic.Peer) -> dict[str, Any]:
     return {"sent": own.bytes_sent, "received": own.bytes_received, "total": total}
 
 
-def watch(peer: elastic.Peer, order: dict[str, Any]) -> None:
-    """In the middle of an exchange of this rank's own, once rounds have been committed: it is killed, or stops."""
+def watch(peer: elastic.Peer, order: dict[str, Any], joint: set[int]) -> None:
+    """In the middle of an exchange of this rank's own, once both peers have been in one: it is killed, or stops."""
     number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(order.get("fate", ""))
     if number is None or order["rank"] != order["victim"]:
         return
     group = peer.group if peer.ranks.leads else peer.lane.group
 
     def observe(progress: Progress) -> None:
-        if progress.identity.round >= 2 and 0 < progress.chunks_received < progress.chunks_expected:
+        if joint and 0 < progress.chunks_received < progress.chunks_expected:
             group.observer = None
             (Path(order["folder"]) / "fate").touch()
             os.kill(os.getpid(), number)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -423,3 +424,56 @@ def test_a_closed_leader_leaves_no_attempt_behind(crews: Callable[..., list[Crew
         made[0].leader.close()
         assert isinstance(future.result(30), Failed)
         until(lambda: not lane._attempts)
+
+
+class Orders:
+    """What a coordinator would do, and no more: if somebody fails, all others hear of it."""
+
+    def __init__(self, crews: list[Crew], start: Start) -> None:
+        self.crews, self.start = crews, start
+        self.results = [torch.zeros(ELEMENTS) for _ in crews]
+
+    def run(self, crew: Crew) -> Any:
+        try:
+            outcome = crew.leader.run(self.start, crew.numbers(), self.results[self.crews.index(crew)])
+        except (TransportError, ValueError):  # it is ended, as a peer or as a group
+            outcome = None
+        if not isinstance(outcome, Done):
+            for other in self.crews:
+                other.leader.abort(abort_of(self.start))
+        return outcome
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_lost_and_whenever_everybody_has_an_answer(crews: Callable[..., list[Crew]], seed: int) -> None:
+    random = Random(seed)
+    made = crews(2, 2, 2)
+    orders = [Orders(made, start_among(made, tag=f"t{i}")) for i in range(4)]
+    expected = sum((crew.numbers() for crew in made[1:]), made[0].numbers())
+    left = random.randrange(60)
+    hit, struck = random.choice(made), threading.Event()
+    strike: Callable[[], None] = random.choice([
+        hit.others[0].close, hit.leader.close, hit.others[0].group.close,
+        lambda: hit.leader.abort(abort_of(orders[0].start)),
+    ])  # fmt: skip
+
+    def observe(_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            struck.set()
+
+    for group in hit.groups:
+        group.observer = observe
+    with ThreadPoolExecutor(13) as pool:
+        begun = [(each, [pool.submit(each.run, crew) for crew in random.sample(made, 3)]) for each in orders]
+        struck.wait(10)
+        strike()
+        for order, futures in begun:
+            outcomes = [future.result(60) for future in futures]
+            digests = {outcome.digest for outcome in outcomes if isinstance(outcome, Done)}
+            assert len(digests) <= 1 and all(
+                torch.equal(result, expected)
+                for result in order.results
+                if xxh3_128_hexdigest(result.numpy()) in digests
+            )
