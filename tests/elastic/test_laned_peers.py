@@ -79,10 +79,12 @@ def test_a_peer_of_one_process_beside_one_of_two(start: Any) -> None:
     assert first["sent"] > 0 and second["sent"] < first["sent"] / 100, "the leader alone exchanges"
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_is_killed_in_mid_exchange_and_the_others_go_on(start: Any, tmp_path: Path, victim: int) -> None:
-    east = start("east", policy={"rounds": 12, "min_peers": 1}, beside=2)
-    west = start("west", fate="killed", victim=victim, beside=2)
+@pytest.mark.parametrize(("victim", "loop"), [(0, {}), (1, {}), (1, STREAMING)], ids=["leader", "another", "streaming"])
+def test_a_rank_is_killed_in_mid_exchange_and_the_others_go_on(
+    start: Any, tmp_path: Path, victim: int, loop: dict[str, Any]
+) -> None:
+    east = start("east", policy={"rounds": 12, "min_peers": 1}, beside=2, loop=loop)
+    west = start("west", fate="killed", victim=victim, beside=2, loop=loop)
     codes = [1, 1]
     codes[victim] = -signal.SIGKILL
     west.facts(tuple(codes))
