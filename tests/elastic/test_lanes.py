@@ -35,8 +35,9 @@ from collectives.records import (
     fits,
 )
 from elastic import errands, lanes
-from elastic.errors import RoundAborted, TransportError
+from elastic.errors import ConfigurationError, RoundAborted, TransportError
 from elastic.lanes import Lane, LanedGroup, LaneFacts, LaneOffer
+from elastic.peer import laned
 
 CHUNK = 1 << 16
 BEAT, SILENCE = 0.05, 2.0
@@ -138,6 +139,13 @@ def test_fixed_ports_are_those_above_the_leaders() -> None:
     assert lanes.beside("0.0.0.0:29400,[::1]:7", 2) == "0.0.0.0:29402,[::1]:9"
     assert lanes.beside("127.0.0.1:0", 3) == "127.0.0.1:0"
     assert lanes.beside("", 1) == "" and lanes.beside(None, 1) is None
+
+
+def test_lanes_are_on_unless_somebody_says_no() -> None:
+    assert laned(None, {}) and laned(True, {"ELASTIC_LANES": "0"})
+    assert not laned(None, {"ELASTIC_LANES": "0"}) and not laned(False, {"ELASTIC_LANES": "1"})
+    with pytest.raises(ConfigurationError, match="ELASTIC_LANES"):
+        laned(None, {"ELASTIC_LANES": "no"})
 
 
 # --- over real sockets, in this process -------------------------------------------------------------------------------
@@ -361,6 +369,46 @@ def test_a_rank_that_is_silent_costs_its_peer_the_round(
     until(lambda: not made[0].others[0].group._attempts)
     outcomes, _ = run_all(made, start_among(made, round=1))
     assert all(isinstance(outcome, Done) for outcome in outcomes)
+
+
+def test_a_rank_that_is_full_does_not_hold_up_who_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errand lies in the kernel's buffers, and the rank reads nothing: an abort must not wait for it."""
+    near, far = socket.socketpair()
+    near.settimeout(60)
+    call = errands.Call(lambda: near)
+    sent = threading.Event()
+    monkeypatch.setattr(errands, "give", lambda *_: None)
+    monkeypatch.setattr(call, "_all_told", lambda: (setattr(call, "_told", True), stuff(near), sent.set()))
+    errand = errands.Errand(start=start_of(members(1, 1)), gives=True)
+    with ThreadPoolExecutor(1) as pool, far:
+        future = pool.submit(call.make, errand, torch.zeros(1), torch.zeros(1))
+        assert sent.wait(30)
+        stopping = threading.Thread(target=call.stop, args=(abort_of(errand.start),))
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive()
+        call.cut()
+        with pytest.raises(OSError):
+            future.result(30)
+
+
+def stuff(sock: socket.socket) -> None:
+    while errands.writable(sock):
+        sock.send(bytes(1 << 16))
+
+
+def test_what_a_rank_cannot_execute_is_raised_where_it_was_ordered(
+    crews: Callable[..., list[Crew]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = crews(2, 2)
+
+    def run(*_: Any) -> Failed:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(made[0].others[0].group, "run", run)
+    with pytest.raises(ValueError, match="rank 1: no such thing"):
+        made[0].leader.run(start_among(made), made[0].numbers(), torch.zeros(ELEMENTS))
+    assert not made[0].leader._attempts
 
 
 def test_numbers_that_cannot_travel_are_the_ranks_own_fault(crews: Callable[..., list[Crew]]) -> None:
