@@ -217,7 +217,7 @@ def wide_of(seed: int) -> torch.nn.Module:
 def laned(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
     """Trains a model that is sharded among the ranks, on numbers of its own, until the run is over.
 
-    beside: begins when so many peers are there. together: so many rounds with both of them in it end the run.
+    beside: begins when so many peers are there. The run ends after so many rounds `together`, of both, or then `alone`.
     """
     peer.wait_for(n=order.get("beside", 1))
     model = wide_of(seed=7)
@@ -240,7 +240,8 @@ def laned(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
                 joint.add(commit.round)
             if commit and (peer.name in commit.contributors or len(joint) > 1):
                 (Path(order["folder"]) / f"{order['rank']}.ready").touch()
-            if len(joint) == order.get("together"):
+            alone = commit.round - max(joint) if commit and joint else 0
+            if len(joint) == order.get("together") or alone == order.get("alone"):
                 peer.run_until(rounds=1)
     return {
         "state_hash": outer.version.state_hash,
