@@ -38,12 +38,14 @@ class Member:
     incarnation: 63-bit number of this life of the peer, unique in the run.
     addresses: "host:port" of its data listeners, best first; empty if it can only dial out.
     fingerprint: of its certificate, hexadecimal; empty on links without TLS.
+    lanes: of a peer of several processes, the addresses of each that has links beside those of the leader.
     """
 
     name: str
     incarnation: int
     addresses: tuple[str, ...] = ()
     fingerprint: str = ""
+    lanes: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

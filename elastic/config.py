@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "ELASTIC_LISTEN": "HOST:PORT that the data listener binds; PORT 0 picks one",
     "ELASTIC_ADVERTISE": "HOST:PORT that other peers dial, when it differs from the listener's",
     "ELASTIC_STRIPES": "TCP connections per link",
+    "ELASTIC_LANES": "of a peer of several ranks: 1 (each has links of its own to other peers) or 0 (the leader alone)",
     "ELASTIC_EVENTS_DIR": "folder for this peer's event log",
 }
 

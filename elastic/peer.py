@@ -107,6 +107,7 @@ REPORTED: dict[str, Callable[[Any], Any]] = {
 }
 
 Result = TypeVar("Result")
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 Buffers = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -240,6 +241,7 @@ class Peer:
     done about it.
     process_group: of torch.distributed; its processes are this one peer, and all make it, at once (`RankedPeer` says
     what that means). Parameters may be replicated among them (DDP) or sharded (fully_shard, DTensor).
+    lanes: whether each of those processes has links of its own to other peers (the default), or the leader alone.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
     (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
@@ -273,6 +275,7 @@ class Peer:
         join_timeout: float = 30.0,
         sigterm_deadline: float = SIGTERM_SECONDS,
         process_group: dist.ProcessGroup | None = None,
+        lanes: bool | None = None,
     ) -> None:
         env = environment()
         where = _where(coordinator, run, token, env)
@@ -303,11 +306,26 @@ class Peer:
         self._held: dict[tuple[str, int], Applied] = {}
         self.events = self._event_log(events_dir or env.get("ELASTIC_EVENTS_DIR"), self.name)
         self._reserve = Reserve()
-        links = _link_options(options, stripes, env)
-        self.group = _group(self, where.coordinator, listen, advertise, links, observe, env)
+        listen, advertise = endpoints(where.coordinator, listen, advertise, env)
+        self.group = self._open_group(
+            laned(lanes, env),
+            where.coordinator,
+            run=self.run,
+            name=self.name,
+            incarnation=self.incarnation,
+            listen=listen,
+            advertise=advertise,
+            options=_link_options(options, stripes, env),
+            observe=observe,
+            on_lost=lambda failure: self.send(LinkLost(run=self.run, failure=failure)),
+        )
         self._control = self._connect(where.coordinator)
         self._join(where.coordinator, join_timeout)
         self._drain_on_sigterm(sigterm_deadline)
+
+    def _open_group(self, lanes: bool, coordinator: str, **options: Any) -> Group:
+        """lanes: whether the ranks of this peer have links, too."""
+        return open_group(Group, **options)
 
     def _event_log(self, folder: Path | str | None, writer: str) -> EventLog:
         return EventLog(Path(folder) / f"{writer}.jsonl" if folder else None, run=self.run, peer=self.name)
@@ -1181,32 +1199,31 @@ def _link_options(options: LinkOptions | None, stripes: int | str | None, env: d
         raise ConfigurationError(str(error)) from None
 
 
-def _group(
-    peer: Peer,
-    coordinator: str,
-    listen: str | None,
-    advertise: str | None,
-    options: LinkOptions,
-    observe: Callable[[Progress], None] | None,
-    env: dict[str, str],
-) -> Group:
+def endpoints(
+    coordinator: str, listen: str | None, advertise: str | None, env: dict[str, str]
+) -> tuple[str, str | None]:
+    """Where a data plane listens, and what others dial if that differs. Raises ConfigurationError."""
     listen = env.get("ELASTIC_LISTEN", "127.0.0.1:0") if listen is None else listen
     advertise = advertise or env.get("ELASTIC_ADVERTISE")
-    for what, endpoints in (("listen", listen), ("advertise", advertise)):
-        for endpoint in endpoints.split(",") if endpoints else ():
+    for what, named in (("listen", listen), ("advertise", advertise)):
+        for endpoint in named.split(",") if named else ():
             check_endpoint(what, endpoint)
     _check_reachable(coordinator, (advertise or listen).split(",")[0])
+    return listen, advertise
+
+
+def laned(lanes: bool | None, env: dict[str, str]) -> bool:
+    """Whether ranks have links of their own, by argument or environment."""
+    wanted = env.get("ELASTIC_LANES", "1")
+    if wanted not in ("0", "1"):
+        raise ConfigurationError(f"ELASTIC_LANES is {wanted!r}: it must be 0 or 1")
+    return wanted == "1" if lanes is None else lanes
+
+
+def open_group(kind: type[AnyGroup], listen: str, **options: Any) -> AnyGroup:
+    """Raises ConfigurationError."""
     try:
-        return Group(
-            run=peer.run,
-            name=peer.name,
-            incarnation=peer.incarnation,
-            listen=listen,
-            advertise=advertise,
-            options=options,
-            observe=observe,
-            on_lost=lambda failure: peer.send(LinkLost(run=peer.run, failure=failure)),
-        )
+        return kind(listen=listen, **options)
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {listen}: {error.strerror or error}; choose another port") from None
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from functools import update_wrapper
@@ -9,13 +10,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
 
+from collectives import Group
+
 from .config import Timeouts, environment
 from .data import Data
 from .errors import TransportError
+from .lanes import Lane, LanedGroup, LaneFacts, open_lane
 from .messages import Message, RunProgress
-from .peer import SIGTERM_SECONDS, Peer, PeerView, Reduced, Work
+from .peer import SIGTERM_SECONDS, Peer, PeerView, Reduced, Work, open_group
 from .ranks import Ranks
 
+LANE_OPTIONS = ("run", "name", "incarnation", "options")  # what the groups of all ranks have in common
 PATIENCE = 1800.0  # seconds that ranks wait for each other at the least: a step, or a round, can be long
 
 P = ParamSpec("P")
@@ -43,6 +48,10 @@ class RankedPeer(Peer):
 
     The ranks live and die together: if one is lost, the others raise TransportError, and the peer is lost to the run
     as a whole.
+
+    Each rank has links of its own, and exchanges its own range of what travels (`lanes`), if all of them can listen and
+    the leader reaches them; else the leader carries it all, and the event `lanes.refused` says why. A fixed port of
+    `listen` or `advertise` is the leader's; the rank of number r has the r-th above it.
     """
 
     ranks: Ranks
@@ -52,13 +61,16 @@ class RankedPeer(Peer):
         timeouts = options.get("timeouts") or Timeouts()
         self.ranks = Ranks(process_group, max(PATIENCE, 2 * timeouts.round))
         self._seen = RunProgress(), False, PeerView(0, ())
+        self.lane: Lane | None = None
         if not self.ranks.leads:
             self._mirror()
+            self.ranks.teach("lanes", lambda: self._open_lane(options))
         try:
             facts = self.ranks.together("Peer", lambda: self._lead(args, options))
             if not self.ranks.leads:
                 self._follow(*facts, options)
         except BaseException:
+            self._close_lane()
             self.ranks.close()
             raise
 
@@ -67,6 +79,43 @@ class RankedPeer(Peer):
         self.ranks.on_wanted_end = self.drain
         self._mirror()
         return self.run, self.name, self.site, self.timeouts, self.incarnation, self.life
+
+    # --- links of each rank's own -------------------------------------------------------------------------------------
+
+    def _open_group(self, lanes: bool, coordinator: str, **options: Any) -> Group:
+        if not lanes:
+            return super()._open_group(lanes, coordinator, **options)
+        group = open_group(LanedGroup, **options)
+        try:
+            self._lead_lanes(group, coordinator, {name: options[name] for name in LANE_OPTIONS})
+        except BaseException:
+            group.close()
+            raise
+        return group
+
+    def _lead_lanes(self, group: LanedGroup, coordinator: str, options: dict[str, Any]) -> None:
+        """All ranks open theirs; if one cannot, there are none, and the leader has all the links."""
+        secret = secrets.token_bytes(32)
+        facts = LaneFacts(coordinator, options, secret, self.timeouts.heartbeat)
+        self.ranks.order("lanes")
+        self.ranks.pass_on(facts)
+        offers = self.ranks.gather(None)[1:]
+        trouble = self.ranks.pass_on(group.lead(offers, secret, self.timeouts.chunk))
+        if trouble:
+            self.events.emit("lanes.refused", reason=trouble)
+
+    def _open_lane(self, options: dict[str, Any]) -> None:
+        facts = self.ranks.pass_on(None)
+        offer, self.lane = open_lane(facts, self.ranks.rank, options.get("listen"), options.get("advertise"))
+        self.ranks.gather(offer)
+        if self.ranks.pass_on(None):
+            self._close_lane()
+
+    def _close_lane(self) -> None:
+        if self.lane is not None:
+            self.lane.close()
+
+    # --- ranks that do not lead ---------------------------------------------------------------------------------------
 
     def _follow(self, *facts: Any) -> None:
         self.run, self.name, self.site, self.timeouts, self.incarnation, self.life, options = facts
@@ -172,6 +221,7 @@ class RankedPeer(Peer):
 
     def _close_follower(self) -> None:
         self._fatal = self._fatal or TransportError("this Peer is closed", peer=self.name)
+        self._close_lane()
         self._undo_sigterm()
         self.events.close()
 

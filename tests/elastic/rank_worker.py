@@ -1,4 +1,4 @@
-"""One rank of a peer, in a process of its own, for test_ranks.py: `python rank_worker.py ORDER`, ORDER being JSON.
+"""One rank of a peer, in a process of its own, for tests: `python rank_worker.py ORDER`, ORDER being JSON.
 
 ORDER: scenario, address, name, rank, size, folder (for files of this rank). Writes what it found to RANK.json.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -22,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import elastic
+from collectives import Group, LinkOptions, Progress
 
 SAMPLES, SHARD, GLOBAL_BATCH = 241, 32, 16
 
@@ -203,6 +206,78 @@ def calls(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def wide_of(seed: int) -> torch.nn.Module:
+    """Of enough parameters for ranks to share a round, of half of them, too."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 600), torch.nn.Tanh(), torch.nn.Linear(600, 600), torch.nn.Linear(600, 1)
+    )
+
+
+def laned(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
+    """Trains a model that is sharded among the ranks, on numbers of its own, until the run is over.
+
+    beside: begins when so many peers are there. The run ends after so many rounds `together`, of both, or then `alone`.
+    """
+    peer.wait_for(n=order.get("beside", 1))
+    model = wide_of(seed=7)
+    if order["size"] > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (order["size"],)))
+    inner = torch.optim.SGD(model.parameters(), lr=0.01)
+    drawn = torch.Generator().manual_seed(sum(order["name"].encode()) + order["rank"])
+    joint: set[int] = set()
+    loop = order.get("loop", {})
+    kind = elastic.StreamingDiLoCo if "sync_delay" in loop else elastic.DiLoCo
+    with kind(model, inner, peer, sync_every=4, **loop) as outer:
+        watch(peer, order, joint)
+        while not peer.stopping:
+            x = torch.randn(8, 6, generator=drawn)
+            torch.nn.functional.mse_loss(model(x), x.sum(1, keepdim=True)).backward()
+            inner.step()
+            inner.zero_grad()
+            commit = outer.last_commit
+            if commit and len(commit.contributors) > 1:
+                joint.add(commit.round)
+            if commit and (peer.name in commit.contributors or len(joint) > 1):
+                (Path(order["folder"]) / f"{order['rank']}.ready").touch()
+            alone = commit.round - max(joint) if commit and joint else 0
+            if len(joint) == order.get("together") or alone == order.get("alone"):
+                peer.run_until(rounds=1)
+    return {
+        "state_hash": outer.version.state_hash,
+        "version": outer.version.number,
+        "parameters": flat(model),
+        "joint": len(joint),
+        "attempts": peer.statistics().group.failed,
+    } | carried(peer)
+
+
+def carried(peer: elastic.Peer) -> dict[str, Any]:
+    """What this rank's own links have moved, and on the leader what the peer has."""
+    group = peer.group if peer.ranks.leads else peer.lane.group if peer.lane else None
+    total = peer.statistics().group.bytes_sent
+    if group is None:
+        return {"sent": 0, "received": 0, "total": total}
+    own = Group.statistics(group)
+    return {"sent": own.bytes_sent, "received": own.bytes_received, "total": total}
+
+
+def watch(peer: elastic.Peer, order: dict[str, Any], joint: set[int]) -> None:
+    """In the middle of an exchange of this rank's own, once both peers have been in one: it is killed, or stops."""
+    number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(order.get("fate", ""))
+    if number is None or order["rank"] != order["victim"]:
+        return
+    group = peer.group if peer.ranks.leads else peer.lane.group
+
+    def observe(progress: Progress) -> None:
+        if joint and 0 < progress.chunks_received < progress.chunks_expected:
+            group.observer = None
+            (Path(order["folder"]) / "fate").touch()
+            os.kill(os.getpid(), number)
+
+    group.observer = observe
+
+
 def failure(call: Any) -> list[str]:
     try:
         call()
@@ -233,6 +308,8 @@ def main() -> None:
             timeouts=elastic.Timeouts(**order["timeouts"]),
             events_dir=folder,
             process_group=dist.group.WORLD,
+            lanes=order.get("lanes"),
+            options=LinkOptions(**order.get("options", {})),
         ) as peer:
             facts = globals()[order["scenario"]](peer, order)
     except elastic.ElasticError as error:

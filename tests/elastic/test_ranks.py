@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +13,12 @@ import pytest
 import torch
 from harness import QUICK, Run, until
 from rank_worker import SAMPLES, failure, model_of, train
+from sites import Site
 
 from elastic.config import RunPolicy
 from elastic.errors import ConfigurationError
 from elastic.journal import Committed, Leased, read_copy
 from elastic.outer.state import Layout
-
-WORKER = Path(__file__).with_name("rank_worker.py")
-
-
-class Site:
-    """The processes of one peer."""
-
-    def __init__(self, folder: Path, run: Run, scenario: str, *, size: int = 2, **order: Any) -> None:
-        folder.mkdir()
-        if run.coordinator is None:
-            run.open()
-        self.folder = folder
-        order |= {"scenario": scenario, "address": f"tcp://127.0.0.1:{run.port}", "folder": str(folder), "size": size}
-        order |= {"name": "site", "timeouts": asdict(run.timeouts)}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), json.dumps(order | {"rank": rank})],
-                stderr=(folder / f"{rank}.err").open("w"),
-                env=environment,
-            )
-            for rank in range(size)
-        ]
-
-    def facts(self, codes: tuple[int, ...] = (0, 0)) -> list[dict[str, Any]]:
-        """What the ranks have found, once they have ended with these codes; {} for one that was killed."""
-        for rank, (process, code) in enumerate(zip(self.processes, codes, strict=True)):
-            assert process.wait(90) == code, (self.folder / f"{rank}.err").read_text()
-        files = [self.folder / f"{rank}.json" for rank in range(len(self.processes))]
-        return [json.loads(file.read_text()) if file.exists() else {} for file in files]
-
-    def ready(self) -> None:
-        for rank, process in enumerate(self.processes):
-            file = self.folder / f"{rank}.ready"
-            until(lambda file=file, process=process: file.exists() or process.poll() is not None)  # type: ignore[misc]
-            assert file.exists(), (self.folder / f"{rank}.err").read_text()
-
-    def close(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
 
 @pytest.fixture
