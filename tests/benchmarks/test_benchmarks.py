@@ -72,7 +72,8 @@ def test_membership() -> None:
 
 
 ROWS = [
-    *("data-parallel", "alone", "alone-long", "diloco", "diloco-gentle", "eager", "delayed", "delayed-plain", "co2"),
+    *("data-parallel", "alone", "alone-long", "diloco", "diloco-gentle", "diloco-low", "eager-low", "delayed", "eager"),
+    *("delayed-fast", "delayed-plain", "co2"),
     *("streaming", "streaming-int4", "streaming-e3m0", "streaming-lost10", "streaming-lost30", "decoupled"),
 ]
 
@@ -119,9 +120,10 @@ def test_the_gates_of_quality() -> None:
     some = {"streaming": [2.0, 2.1], "streaming_lost10": [2.1, 2.3], "streaming_lost30": [2.2, 2.2]}
     assert held(**some)[drops], "30 % are no better than by chance"
     assert not held(**some | {"streaming_lost30": [2.0, 2.2001]})[drops]
-    late = {"diloco_gentle": [2.0, 2.1], "eager": [2.2, 2.1], "delayed": [2.3, 2.4]}
+    late = {"diloco_low": [2.0, 2.1], "eager_low": [2.2, 2.1], "delayed": [2.3, 2.4]}
     assert held(**late)[order]
-    assert not held(**late | {"eager": [2.0, 2.0]})[order] and not held(**late | {"delayed": [2.0, 2.1]})[order]
+    assert held(streaming=[2.0, 2.1], delayed_fast=[9.0, 9.0])[sound], "which is there to be seen to diverge"
+    assert not held(**late | {"eager_low": [2.0, 2.0]})[order] and not held(**late | {"delayed": [2.0, 2.1]})[order]
 
 
 def test_intervals_of_quality_are_of_differences_within_seeds() -> None:
