@@ -130,6 +130,7 @@ class RecordedStreaming(Recorded, StreamingDiLoCo):
     pass
 
 
+OPTIONS: dict[str, Any] = {"sync_every": SYNC_EVERY, "joining": "fresh"}  # every step adds exactly 1
 LOOPS: dict[str, tuple[type[Recorded], dict[str, Any]]] = {
     "DiLoCo": (RecordedDiLoCo, {}),
     "DelayedDiLoCo": (RecordedDelayed, {}),
@@ -222,7 +223,7 @@ class Trainer:
         beside.start()
         outer = Nesterov(lr=LR, momentum=MOMENTUM)
         try:
-            with self.make(model, inner, self.peer, sync_every=SYNC_EVERY, outer=outer, **self.options) as self.loop:
+            with self.make(model, inner, self.peer, outer=outer, **OPTIONS, **self.options) as self.loop:
                 self.record("entered", version=self.loop.version.number, state_hash=self.loop.version.state_hash)
                 self.steps(model, inner, self.loop)
             self.record("finished", version=self.loop.version.number, state_hash=self.loop.version.state_hash,

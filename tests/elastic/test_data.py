@@ -73,7 +73,8 @@ class Tally(DiLoCo):
     def __init__(self, peer: Peer, sync_every: int = 3, **options: Any) -> None:
         model = torch.nn.Module()
         model.x = torch.nn.Parameter(torch.zeros(N))
-        super().__init__(model, torch.optim.SGD(model.parameters(), lr=1.0), peer, sync_every=sync_every, **options)
+        options |= {"sync_every": sync_every, "joining": "fresh"}  # every step adds exactly 1
+        super().__init__(model, torch.optim.SGD(model.parameters(), lr=1.0), peer, **options)
         self.counted = torch.zeros(N)
         self.given: dict[int, torch.Tensor] = {}
 
