@@ -242,7 +242,7 @@ class Rounds:
         expected = self._expected(operation, now)
         present = {name for name in operation.proposals if not self._roster.members[name].silent}
         disputed = operation.outer and self._outer.disputed(operation.tag, operation.fragment)
-        if len(present) < self._policy.min_peers or disputed:
+        if self._too_few(operation, present) or disputed:
             operation.opened_at = None
             return
         missing = expected - present
@@ -257,6 +257,13 @@ class Rounds:
             self._absent.setdefault(operation.tag, set()).update(missing)
             self._waited_for(operation, missing | present)
             self._begin_attempt(operation, present, now)
+
+    def _too_few(self, operation: Operation, present: set[str]) -> bool:
+        """Whether fewer peers are here than the run needs. Who has no data left, and follows, is one (rule 11)."""
+        here = set(present)
+        if operation.outer and self._leasing.exhausted:
+            here |= {*self._outer.holders(operation.tag, operation.fragment)}
+        return not present or len(here) < self._policy.min_peers
 
     def _terms(self, operation: Operation, expected: int, missing: set[str]) -> tuple[int, float]:
         """How many open the round, and for how many seconds it then waits: as the loop says, if it does.
@@ -508,7 +515,7 @@ class Rounds:
         present = {name for name in operation.proposals if not self._roster.members[name].silent}
         if not operation.proposals:
             self._fail(operation, "nobody is left")
-        elif len(present) >= self._policy.min_peers:
+        elif not self._too_few(operation, present):
             self._begin_attempt(operation, present, now)
 
     def _note_cuts(self, operation: Operation, alive: set[str], now: float) -> None:

@@ -69,6 +69,11 @@ class Leasing:
         leases: Leases = self._roster.stamp(Leases, shards=shards, spent=spent, sequence=message.sequence, ends=ends)
         return leases
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether there is data, and none of it is left to lease."""
+        return self.table is not None and self.table.offer() is None
+
     def _ended(self, name: str, table: ShardTable, message: LeaseRequest) -> bool:
         """Takes note of the ends of a stream's epochs that a peer has reached; False if it is another stream's."""
         for epoch, samples in message.ends.items():

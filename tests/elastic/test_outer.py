@@ -669,6 +669,28 @@ def test_a_peer_without_data_follows_the_others_to_the_end(run: Run) -> None:
     assert run.coordinator is not None and run.coordinator.status().samples == 103
 
 
+def test_the_last_samples_of_one_peer_count_although_the_others_have_none_left(run: Run) -> None:
+    """Three shards of one batch for two peers: in the last round there is one contributor, and min_peers is two."""
+    run.policy = RunPolicy(min_peers=2, quorum=1.0)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=40, grace=0.3, evict_after=30)
+
+    class Nine(Samples):
+        def __len__(self) -> int:
+            return 9
+
+    def train(peer: Peer) -> tuple[str, int]:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        with DiLoCo(model, inner, peer, sync_every=1) as loop:
+            for _ in peer.shards(Nine(), batch_size=3, shard_size=3, epochs=1):
+                steps(model, inner, 1)
+        return loop.version.state_hash, loop.version.number
+
+    results = run.together(train, run.several(2))
+    assert results[0] == results[1]
+    assert run.coordinator is not None and run.coordinator.status().samples == 9
+
+
 def test_what_a_lost_peer_did_not_commit_is_read_by_the_others(run: Run) -> None:
     run.policy = RunPolicy(quorum=0.4)
     run.timeouts = Timeouts(heartbeat=0.1, chunk=0.5, operation=30, round=60, grace=0.1, evict_after=1.0)
