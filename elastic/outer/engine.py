@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
 ENTER_AGAIN_SECONDS = 0.1
 SEE_OFF_SECONDS = 15.0
+HAND_OVER_SECONDS = 3.0
 SMOOTHING = 0.1  # of what is measured for statistics and graces: the part that the newest value has
 
 
@@ -326,6 +327,23 @@ class OuterLoop:
         if self.saver:
             self.saver.save_last(self._own_part())
         self.peer.see_off(SEE_OFF_SECONDS)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Who leaves after a round in which it was alone waits a little until somebody has come for the result.
+
+        Otherwise the run would go back to the version before.
+        """
+        last, shelf = self.last_commit, self._shelf
+        alone = last is not None and last.contributors == (self.peer.name,) and len(self.peer.view.names) > 1
+        key = shelf.results.get(self.version.number, "") if shelf else ""
+        if not (alone and key and self.peer.draining) or self.peer.over:
+            return
+        deadline = time.monotonic() + min(HAND_OVER_SECONDS, self.peer.drain_left())
+        while time.monotonic() < deadline and not self.peer.group.wanted(key):
+            time.sleep(HAND_OVER_SECONDS / 100)
+        while time.monotonic() < deadline and self.peer.group.statistics().fetchers:
+            time.sleep(HAND_OVER_SECONDS / 100)
 
     def _give_all(self) -> None:
         try:

@@ -225,3 +225,41 @@ def test_targets_set_by_a_peer_hold_for_all_and_outlive_the_coordinator(run: Run
     assert [loop.version.number for loop in ends] == [3, 3]
     with pytest.raises(ConfigurationError, match="tokens is -1"):
         first.run_until(tokens=-1)
+
+
+def test_what_a_leaver_gave_in_a_round_of_its_own_is_not_lost_with_it(run: Run) -> None:
+    """The other one comes for the result only after that round: the leaver is still there then."""
+    run.policy = RunPolicy(quorum=0.4)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
+    stays, leaves = run.several(2)
+    models = [torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)]
+    inners = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    loops = [DiLoCo(m, i, p, sync_every=50) for m, i, p in zip(models, inners, (stays, leaves), strict=True)]
+    for loop in loops:
+        loop.__enter__()
+
+    def step(i: int) -> None:
+        models[i](torch.ones(1, 3)).sum().backward()
+        inners[i].step()
+        inners[i].zero_grad()
+
+    def leave() -> None:
+        for _ in range(3):
+            step(1)
+        leaves.drain(20)
+        loops[1].finish()
+        leaves.leave()
+
+    going = threading.Thread(target=leave)
+    going.start()
+    until(lambda: stays.progress.rounds == 1)
+    assert going.is_alive(), "it waits for somebody to come"
+    step(0)
+    going.join(30)
+    assert loops[0].version.number == 1 and loops[0].last_commit is not None
+    assert loops[0].last_commit.contributors == ("p1",) and not going.is_alive()
+    step(0)
+    loops[0].finish()
+    told = (run.folder / "coordinator.jsonl").read_text()
+    assert '"run.rolled_back"' not in told and run.coordinator is not None
+    assert run.coordinator.status().progress.tokens == 5
