@@ -430,40 +430,6 @@ def test_what_a_lost_peer_gave_to_some_fragments_only_is_counted_as_partial(run:
     assert sorted(seen[0] + seen[1][:32]) == list(range(211))
 
 
-# --- a quorum of its own ----------------------------------------------------------------------------------------------
-
-
-def test_a_decoupled_round_begins_with_its_quorum_and_waits_no_longer_than_the_overlap_hides(run: Run) -> None:
-    """The run's own policy would wait for everybody, for 600 s."""
-    run.policy = RunPolicy(quorum=1.0)
-    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=900, grace=600, evict_after=1000)
-    peers = run.several(3)
-    stop = threading.Event()
-    options = {"sync_every": 8, "fragments": 4, "sync_delay": 1, "quorum": 1, "grace_cap": 0.02, "max_staleness": 99}
-
-    def slow() -> OuterLoop:
-        model = Layered(2)
-        inner = inner_of(model)
-        with elastic.DecoupledDiLoCo(model, inner, peers[2], **options) as loop:
-            while loop.statistics().contributed < 2:
-                descend(model, inner)
-                stop.wait(0.1)
-            stop.set()
-        return loop
-
-    loops = together(
-        lambda: paced(peers[0], elastic.DecoupledDiLoCo, stop, 0.005, **options),
-        lambda: paced(peers[1], elastic.DecoupledDiLoCo, stop, 0.005, **options),
-        slow,
-    )
-    assert len({loop.version.state_hash for loop in loops}) == 1
-    committed = events(run, "coordinator", "round.committed")
-    with_slow = [event for event in committed if "p2" in event["contributors"]]
-    assert any("p2" not in event["contributors"] for event in committed), "nobody was waited for"
-    assert with_slow, "and yet what it has learned gets in"
-    assert {name for event in committed for name in event["contributors"]} == {"p0", "p1", "p2"}
-
-
 # --- cadences over the network ----------------------------------------------------------------------------------------
 
 
