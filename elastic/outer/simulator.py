@@ -8,7 +8,6 @@ data plane's direct pattern does it; every peer gets the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,19 +20,12 @@ from .rule import Facts, Rule, check_delay
 from .state import Layout
 
 
-@dataclass
-class _Flying:
-    """A round under way: who takes part in it."""
-
-    flights: dict[int, Flight]
-
-
 class Simulator:
     """models: one for each replica, equal at first. rule, sync_every, fragments, cut, gather_wire: as for the loops.
 
     received: called as received(turn, replica) in the turn-th exchange (skipped ones count): whether that contribution
-    arrives; without it, all do. Who is left out
-    keeps what it has learned, as in a run (rule 5). sent: bytes of all contributions so far, as they travel.
+    arrives; without it, all do. Who is left out keeps what it has learned, as in a run (rule 5). sent: bytes of all
+    contributions so far, as they travel.
     """
 
     def __init__(
@@ -61,7 +53,7 @@ class Simulator:
             replica.reset()
         self.sent = 0
         self.rounds: list[tuple[int, tuple[int, ...]]] = []
-        self._flying: _Flying | None = None
+        self._flights: dict[int, Flight] | None = None
 
     @property
     def number(self) -> int:
@@ -74,7 +66,7 @@ class Simulator:
         for replica, count in zip(self.replicas, each, strict=True):
             if count:
                 replica.stepped(count)
-        if self._flying and any(replica.landing for replica in self.replicas):
+        if self._flights is not None and any(replica.landing for replica in self.replicas):
             self.land()
         if any(self._due(replica, progress) for replica in self.replicas):
             self.exchange(wait=self.rule.delay == 0)
@@ -88,7 +80,7 @@ class Simulator:
         """Launches the next round, and lands it unless there is a delay."""
         self.land()
         flights = {i: replica.launch() for i, replica in enumerate(self.replicas) if replica.learned > 0}
-        self._flying = _Flying(flights)
+        self._flights = flights
         if wait:
             self.land()
 
@@ -103,9 +95,9 @@ class Simulator:
 
     def land(self) -> None:
         """Commits the round under way, if there is one, with those whose contributions arrive."""
-        if self._flying is None:
+        if self._flights is None:
             return
-        flights, self._flying = self._flying.flights, None
+        flights, self._flights = self._flights, None
         turn = len(self.rounds)
         giving = {i: f for i, f in flights.items() if f.weight > 0 and f.finite and self.received(turn, i)}
         self.rounds.append((self.number, tuple(giving)))
