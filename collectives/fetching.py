@@ -243,7 +243,7 @@ class _Lane:
 
 @dataclass(slots=True, eq=False)
 class _Source:
-    """One peer that has the blob. wanted: lanes. again_at: when it is dialled again; None: never."""
+    """One peer that has the blob. wanted: lanes. again_at: when it is dialled again; None: never. lost: why last."""
 
     member: Member
     record: SourceRecord
@@ -251,6 +251,7 @@ class _Source:
     lanes: set[_Lane] = field(default_factory=set)
     dialling: Dialling | None = None
     again_at: float | None = 0.0
+    lost: Exception | None = None
     tries: int = 0
     busy: float = 0.0
     full: bool = False
@@ -307,7 +308,7 @@ class Fetch:
         self._selector = selectors.DefaultSelector()
         self._bell, self._rope = socket.socketpair()
         self._rope.setblocking(False)
-        self._dialled: queue.SimpleQueue[tuple[_Source, list[socket.socket] | Exception]] = queue.SimpleQueue()
+        self._dialled: queue.SimpleQueue[tuple[_Source, socket.socket | Exception | None]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._tried: set[int] = set()
         self._stopped = self._finished = False
@@ -352,8 +353,8 @@ class Fetch:
             thread.join()
         while not self._dialled.empty():
             found = self._dialled.get()[1]
-            for sock in found if isinstance(found, list) else ():
-                sock.close()
+            if isinstance(found, socket.socket):
+                found.close()
         if self._partial.ranges is not None:
             self._partial.ranges.release_all()
         self._selector.close()
@@ -409,13 +410,16 @@ class Fetch:
         limit = min(self._me.options.connect_timeout, remaining(self._deadline))
         dialling = source.dialling = Dialling(self._me, source.member, Purpose.FETCH, count, limit)
 
-        def work() -> None:
-            try:
-                found: list[socket.socket] | Exception = dialling.connect()
-            except (OSError, ValueError) as error:
-                found = error
+        def tell(found: socket.socket | Exception | None) -> None:
             self._dialled.put((source, found))
             self._ring()
+
+        def work() -> None:
+            try:
+                dialling.connect(tell)
+                tell(None)
+            except (OSError, ValueError) as error:
+                tell(error)
 
         self._begin(work, source.member.name)
 
@@ -441,21 +445,21 @@ class Fetch:
         with contextlib.suppress(queue.Empty):
             while True:
                 source, found = self._dialled.get_nowait()
-                source.dialling = None
-                if isinstance(found, list):
+                if isinstance(found, socket.socket):
                     self._open(source, found)
-                elif not source.lanes:
-                    self._give_up(source, found)
+                    continue
+                source.dialling = None
+                if not source.lanes:
+                    self._give_up(source, found or source.lost or EndOfStream("it closed the connections"))
 
-    def _open(self, source: _Source, sockets: list[socket.socket]) -> None:
+    def _open(self, source: _Source, sock: socket.socket) -> None:
         now = time.monotonic()
         source.again_at, source.measured_at = None, now
-        for sock in sockets:
-            lane = _Lane(sock, source, rtt=vitals(sock).shortest_rtt, heard=now)
-            sock.setblocking(False)
-            source.lanes.add(lane)
-            self._selector.register(sock, selectors.EVENT_READ, lane)
-            self._attempt(lane, self._ask_size)
+        lane = _Lane(sock, source, rtt=vitals(sock).shortest_rtt, heard=now)
+        sock.setblocking(False)
+        source.lanes.add(lane)
+        self._selector.register(sock, selectors.EVENT_READ, lane)
+        self._attempt(lane, self._ask_size)
         source.wanted = max(source.wanted or 0, len(source.lanes))
         source.record.lanes = max(source.record.lanes, len(source.lanes))
 
@@ -470,6 +474,7 @@ class Fetch:
 
     def _lose(self, lane: _Lane, error: Exception) -> None:
         source = lane.source
+        source.lost = error
         self._abandon(lane)
         source.full = source.full or isinstance(error, _Busy)
         if isinstance(error, _Wrong):  # so it would be on the others

@@ -15,7 +15,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,10 +100,11 @@ class Dialling:
             for sock in self._sockets:
                 shut(sock)
 
-    def connect(self) -> list[socket.socket]:
+    def connect(self, each: Callable[[socket.socket], None] | None = None) -> list[socket.socket]:
         """Connected, greeted sockets, tuned for data. OSError if no address of the peer gives them in time.
 
-        It says "refused" only if every address has: one of them may be a stranger's.
+        It says "refused" only if every address has: one of them may be a stranger's. each: is given every socket as
+        soon as the other side has answered on it, and owns it from then on, whatever becomes of the others.
         """
         try:
             self._resolve()
@@ -111,7 +112,7 @@ class Dialling:
                 winner = self._race()
                 self._until = time.monotonic() + remaining(self._deadline) / len(self._tries)
                 try:
-                    return self._hand_over(self._join(winner))
+                    return self._hand_over(self._join(winner, each))
                 except (OSError, FrameError) as error:
                     self._note(winner, error)
         finally:
@@ -194,7 +195,7 @@ class Dialling:
             raise OSError(code, os.strerror(code))
         return sock
 
-    def _join(self, winner: _Try) -> list[socket.socket]:
+    def _join(self, winner: _Try, each: Callable[[socket.socket], None] | None) -> list[socket.socket]:
         """Greets on the winner, and builds the other stripes: over every address that has connected by then."""
         first = winner.socket
         assert first is not None, "the winner has connected"
@@ -206,12 +207,11 @@ class Dialling:
             self._welcome(first)
             ways = self._ways(winner)
             others = [self._open(ways[index % len(ways)]) for index in range(1, count)]
-        for index, sock in enumerate(others, 1):  # all were begun at once: the round trips overlap
-            self._finish_connect(sock)
-            self._greet(sock, index, count)
-        for sock in others if not alone else (first, *others):
-            self._welcome(sock)
-        return [first, *others]
+            self._give(first, each)
+        stripes = [first, *others]
+        for sock in self._answered(stripes, waiting=alone):
+            self._give(sock, each)
+        return stripes
 
     def _ways(self, winner: _Try) -> list[tuple[Any, ...]]:
         """Where stripes can go: each of the peer's addresses that works now."""
@@ -222,13 +222,40 @@ class Dialling:
                 found.setdefault(each.address, each.where)
         return list(found.values())
 
-    def _finish_connect(self, sock: socket.socket) -> None:
+    def _give(self, sock: socket.socket, each: Callable[[socket.socket], None] | None) -> None:
+        if each is not None:
+            each(*self._hand_over([sock]))
+
+    def _answered(self, stripes: list[socket.socket], waiting: bool) -> Iterator[socket.socket]:
+        """Each once the other side has answered on it; the first, too, if it is `waiting` for that.
+
+        All were begun at once: their round trips overlap, and a packet that gets lost holds up one of them.
+        """
         with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_WRITE)
-            if not selector.select(remaining(self._until)):
-                raise TimeoutError(errno.ETIMEDOUT, "no answer to connect")
+            if waiting:
+                selector.register(stripes[0], selectors.EVENT_READ, 0)
+            for index, sock in enumerate(stripes[1:], 1):
+                selector.register(sock, selectors.EVENT_WRITE, index)
+            while selector.get_map():
+                for key, events in self._ready(selector):
+                    sock = stripes[key.data]
+                    selector.unregister(sock)
+                    if events & selectors.EVENT_WRITE:
+                        self._greet_connected(sock, key.data, len(stripes))
+                        selector.register(sock, selectors.EVENT_READ, key.data)
+                    else:
+                        self._welcome(sock)
+                        yield sock
+
+    def _ready(self, selector: selectors.BaseSelector) -> list[tuple[selectors.SelectorKey, int]]:
+        if not (found := selector.select(remaining(self._until))):
+            raise TimeoutError(errno.ETIMEDOUT, "no answer to connect")
+        return found
+
+    def _greet_connected(self, sock: socket.socket, index: int, count: int) -> None:
         if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             raise OSError(code, os.strerror(code))
+        self._greet(sock, index, count)
 
     def _greet(self, sock: socket.socket, index: int, count: int) -> None:
         hello = Hello(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -14,7 +15,7 @@ from plane import assert_exact, groups, make_start, numbers, run_all, together
 from plane import eventually as patiently
 
 from collectives import Group, LinkOptions, Member
-from collectives.frames import NO_KEY, Kind, Purpose, name_hash
+from collectives.frames import HEADER_BYTES, NO_KEY, Hello, Kind, Purpose, checksum, encode, name_hash
 from collectives.handshake import Dialling, Self
 from collectives.links import Link, Outgoing, Stripe
 from collectives.sockets import congestion_control, format_address, listen_on, parse_address
@@ -228,6 +229,30 @@ def test_refused_by_one_address_is_not_refused_by_all() -> None:
             Dialling(me, Member(name="b", incarnation=2, addresses=addresses[:1]), Purpose.PROBE, 1, 0.3).connect()
         with pytest.raises(TimeoutError):
             Dialling(me, Member(name="b", incarnation=2, addresses=addresses), Purpose.PROBE, 1, 0.3).connect()
+
+
+def test_one_connection_that_gets_no_answer_holds_up_no_other() -> None:
+    given: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        member = Member(name="b", incarnation=2, addresses=(format_address(*listener.getsockname()),))
+
+        def answer_all_but_the_second() -> None:
+            for _ in range(3):
+                sock = listener.accept()[0]
+                accepted.append(sock)
+                hello = Hello.unpack(sock.recv(HEADER_BYTES + Hello.SIZE, socket.MSG_WAITALL)[HEADER_BYTES:])
+                if hello.stripe != 1:
+                    sock.sendall(encode(Kind.WELCOME, run=1, incarnation=2, length=0, digest=checksum(b"")))
+
+        accepted: list[socket.socket] = []
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(answer_all_but_the_second)
+            dialling = Dialling(Self(1, 7, LinkOptions()), member, Purpose.FETCH, 3, 1.0)
+            with pytest.raises(TimeoutError):
+                dialling.connect(given.append)
+    assert len(given) == 2 and all(sock.fileno() >= 0 for sock in given), "those that were answered are in use"
+    for sock in (*given, *accepted):
+        sock.close()
 
 
 def test_a_dialling_stopped_before_it_begins_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
