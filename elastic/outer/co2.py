@@ -26,7 +26,7 @@ import torch
 
 from ..errors import ConfigurationError
 from .engine import OuterLoop
-from .optimizers import HeavyBall, OuterOptimizer, check_above, norm
+from .optimizers import HeavyBall, OuterOptimizer, check_above, divided, norm
 from .rule import WHOLE_ROUND, Rule
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class CO2Rule(Rule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert isinstance(self.outer, HeavyBall)
         if self.penalty:
-            delta = torch.div(delta, self.staleness(momentum, delta))
+            delta = divided(delta, self.staleness(momentum, delta))
         buffer = torch.mul(momentum, self.outer.momentum)
         torch.add(buffer, delta, out=buffer)
         torch.clamp(buffer, -self.clip, self.clip, out=buffer)

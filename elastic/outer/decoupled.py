@@ -24,7 +24,7 @@ import torch
 
 from ..errors import ConfigurationError
 from .engine import OuterLoop
-from .optimizers import Nesterov, OuterOptimizer, norm
+from .optimizers import Nesterov, OuterOptimizer, divided, norm
 from .rule import Rule
 from .weighting import Throughput
 
@@ -42,7 +42,7 @@ class DecoupledRule(Rule):
 
     def direct(self, mean: torch.Tensor, scale: float) -> torch.Tensor:
         length = norm(mean)
-        return torch.mul(torch.div(mean, length) if length > SMALLEST_DIRECTION else mean, scale)
+        return torch.mul(divided(mean, length) if length > SMALLEST_DIRECTION else mean, scale)
 
 
 def rule(outer: OuterOptimizer | None = None, *, sync_delay: int = 2, rda: bool = False, **options: Any) -> Rule:

@@ -137,7 +137,8 @@ class OuterLoop:
     checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
     living peer has them; a URL, or `Checkpoints`.
     joining, rewarm_steps: how the inner optimizer begins when this peer comes into a run that has begun: "rewarm",
-    "donor" or "fresh" (`joining.py`); a checkpoint of this peer's own goes before.
+    "donor" or "fresh" (`joining.py`); a checkpoint of this peer's own goes before. outer_device: where the outer
+    state is and the outer step is made, for instance "cuda": the same bits as on the CPU. Peers need not agree in it.
 
     On entering, the peer fetches the run's outer state into the model, goes on from its newest checkpoint if nobody has
     anything newer, or founds the run with its own. When a round
@@ -146,7 +147,8 @@ class OuterLoop:
     outer parameters, follows the round as a receiver, and reports it (`contribution.refused`).
     Memory, float32, for n parameters of which a fragment has n/P: outer parameters and the outer optimizer's vectors;
     the last round's fragment of them once more, for joiners; one contribution and result, 2 n/P; `keep_results`
-    results of n/P; while somebody fetches an older version, up to 8 of its fragments and results.
+    results of n/P; while somebody fetches an older version, up to 8 of its fragments and results. With another
+    `outer_device`, state and contribution are there, too: what is served and sent is in the host's memory.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class OuterLoop:
         checkpoints: Checkpoints | str | None = None,
         joining: str = "rewarm",
         rewarm_steps: int = 100,
+        outer_device: str | torch.device = "cpu",
     ) -> None:
         _check_whole(max_staleness=max_staleness, keep_results=keep_results, fragments=fragments)
         if buffers not in ("local", "average"):
@@ -189,7 +192,13 @@ class OuterLoop:
         self.speed_matched, self.wire = speed_matched, wire
         self.max_staleness, self.keep_results, self.timeout = max_staleness, keep_results, timeout
         self.layout = Layout(
-            model, peer.ranks, tag, fragments=fragments, how=fragment_cut, buffers=buffers == "average"
+            model,
+            peer.ranks,
+            tag,
+            fragments=fragments,
+            how=fragment_cut,
+            buffers=buffers == "average",
+            device=_device(outer_device),
         )
         self.replica = Replica(self.layout, rule)
         self.joining = Joining(joining, rewarm_steps, inner, peer, tag, self.layout)
@@ -825,7 +834,9 @@ class OuterLoop:
 
     def _from_disk(self) -> Offer | None:
         saved = self.saver.newest() if self.saver else None
-        return Offer(State(saved.versions), saved.manifest.run_state, saved) if saved else None
+        if saved is None:
+            return None
+        return Offer(State(saved.versions).on(self.layout.device), saved.manifest.run_state, saved)
 
     def _fetch_base(self, offer: Offer | None) -> None:
         """Gets the run's outer state from its holders, goes on from what is offered, or founds the run.
@@ -891,7 +902,7 @@ class OuterLoop:
         slots = self.replica.rule.slots
         if any(len(part.momentum) != slots * n for part, n in zip(fetched.parts, sizes, strict=True)):
             raise CheckpointMismatch(f"the state of {self.tag} has another outer optimizer's momentum")
-        self._take_over(fetched, base)
+        self._take_over(fetched.on(self.layout.device), base)
         return True
 
     # --- for the script -----------------------------------------------------------------------------------------------
@@ -961,6 +972,14 @@ def _check_whole(**values: Any) -> None:
     for name, value in values.items():
         if not (isinstance(value, int) and value >= 1):
             raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """With its index, as tensors name theirs. ConfigurationError if there is none of this name here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"outer_device is {str(name)!r}: {str(error).splitlines()[0]}") from None
 
 
 def _skipped(inner: torch.optim.Optimizer) -> bool:

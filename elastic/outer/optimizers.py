@@ -1,7 +1,7 @@
 """Outer optimizers: how a mean pseudo-gradient moves the outer parameters.
 
 Under the bit rule (docs/design.md, "Rules of a round", 9) each step is a fixed list of single-rounded float32 multiply,
-add, square root and divide operations, one kernel each, so that every peer gets the same bits on any CPU: no
+add, square root and divide operations, one kernel each, so that every peer gets the same bits on any device: no
 torch.optim, no `alpha=`, nothing that could be fused. Scalars are computed in double precision by multiplications
 alone, and rounded once.
 """
@@ -35,7 +35,7 @@ class OuterOptimizer(Protocol):
     def step(
         self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor, taken: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns new (parameters, momentum): flat float32 CPU tensors. Inputs stay as they are.
+        """Returns new (parameters, momentum): flat float32 tensors, where the inputs are, which stay as they are.
 
         taken: how many steps came before this one.
         """
@@ -198,15 +198,14 @@ class Adam:
     def step(
         self, parameters: torch.Tensor, momentum: torch.Tensor, delta: torch.Tensor, taken: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        first, second = momentum.view(2, -1)
-        moments = torch.empty_like(momentum)
-        new_first, new_second = moments.view(2, -1)
+        n, moments = parameters.numel(), torch.empty_like(momentum)
+        first, second, new_first, new_second = momentum[:n], momentum[n:], moments[:n], moments[n:]
         _decay(first, self.beta1, delta, new_first)
         _decay(second, self.beta2, torch.mul(delta, delta), new_second)
-        scale = torch.div(new_second, 1.0 - power(self.beta2, taken + 1))
+        scale = divided(new_second, 1.0 - power(self.beta2, taken + 1))
         torch.sqrt(scale, out=scale)
         torch.add(scale, self.eps, out=scale)
-        update = torch.div(new_first, 1.0 - power(self.beta1, taken + 1))
+        update = divided(new_first, 1.0 - power(self.beta1, taken + 1))
         torch.mul(update, self.lr, out=update)
         torch.div(update, scale, out=update)
         return torch.sub(parameters, update, out=update), moments
@@ -215,6 +214,11 @@ class Adam:
 def _decay(before: torch.Tensor, beta: float, news: torch.Tensor, out: torch.Tensor) -> None:
     torch.mul(before, beta, out=out)
     torch.add(out, torch.mul(news, 1.0 - beta), out=out)
+
+
+def divided(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, rounded once. A plain number as divisor would do on the CPU; CUDA multiplies by its reciprocal."""
+    return torch.div(x, torch.full((), by, dtype=x.dtype, device=x.device))
 
 
 def power(base: float, exponent: int) -> float:

@@ -18,7 +18,7 @@ from .compression import Compression
 from .feedback import Residual
 from .optimizers import norm
 from .rule import PLAIN, WHOLE_ROUND, Facts, Rule
-from .state import Layout, State, Version
+from .state import HOST, Layout, State, Version
 
 PIECE = 1 << 20  # numbers at a time, where what is between two results need not be there as a whole
 
@@ -46,6 +46,7 @@ class Place:
 class Flight:
     """A contribution on its way. delta: how far this peer has moved. payload: what is sent of it. base: the version.
 
+    offered: what error feedback makes of delta; both payload and it are in the host's memory.
     tokens, steps: behind it. age: inner steps since it was launched. length: of the payload before it was scaled to 1.
     """
 
@@ -100,7 +101,7 @@ class Replica:
         for f, part in enumerate(self.layout.parts):
             place = self.places[f] = self._fresh(part.elements)
             if self.rule.feedback.slots:
-                slot = self.state.parts[f].momentum[self.rule.outer.slots * part.elements :]
+                slot = self.state.parts[f].host.momentum[self.rule.outer.slots * part.elements :]
                 place.residual = self.rule.feedback.joined(part.elements, slot)
         self.load_outer()
         self.since = 0
@@ -141,7 +142,7 @@ class Replica:
         torch.sub(self._anchor(f), delta, out=delta)  # in place: fresh memory costs more than the arithmetic
         if place.owed is not None:
             delta.add_(place.owed)
-        offered = self.rule.feedback.offered(place.residual, delta)
+        offered = self.rule.feedback.offered(place.residual, delta.to(HOST))
         length = norm(offered) if self.rule.directional else 0.0
         scaled = torch.div(offered, length) if length > 0 else offered
         self.flight = Flight(
@@ -167,7 +168,7 @@ class Replica:
             news = pending if place.pending is None else torch.sub(pending, place.pending)
             offset = torch.zeros_like(delta) if place.offset is None else place.offset
             momentum = place.offset_momentum
-            momentum = torch.zeros(self.rule.outer.slots * delta.numel()) if momentum is None else momentum
+            momentum = delta.new_zeros(self.rule.outer.slots * delta.numel()) if momentum is None else momentum
             place.offset, place.offset_momentum = self.rule.outer.step(offset, momentum, news)
             place.pending = pending
         place.owed = None
@@ -184,7 +185,8 @@ class Replica:
     ) -> Version:
         """The round was committed: the outer step, and what it does to the model. Returns the version before.
 
-        mean: the committed result. counted: whether it holds what this peer launched. travelled: how, if not as usual.
+        mean: the committed result, in the host's memory. counted: whether it holds what this peer launched.
+        travelled: how, if not as usual.
         """
         flight = self.flight
         assert flight is not None
@@ -228,7 +230,7 @@ class Replica:
         place.tokens -= flight.tokens
         place.steps -= flight.steps
         compression = travelled or self.rule.compression
-        place.residual = self.rule.feedback.counted(place.residual, flight.offered, flight.delta, compression)
+        place.residual = self.rule.feedback.counted(place.residual, flight.offered, flight.delta.to(HOST), compression)
 
     def _advance(self, f: int, mean: torch.Tensor, facts: Facts) -> tuple[Version, Version]:
         before = self.state.parts[f]
@@ -247,21 +249,22 @@ class Replica:
         ends = [v.parameters if offset is None else torch.add(v.parameters, offset) for v in (before, after)]
         old, new = (self.layout.held(f, end) for end in ends)
         local = self.layout.read(f)
-        for here, there, now in zip(*(torch.split(each, PIECE) for each in (local, old, new)), strict=True):
-            here.add_(torch.sub(now, there))
+        for at in range(0, local.numel(), PIECE):
+            local[at : at + PIECE].add_(torch.sub(new[at : at + PIECE], old[at : at + PIECE]))
         self.layout.write(f, local)
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, at any moment: a round under way counts as aborted."""
+        """All of it, in the host's memory, at any moment: a round under way counts as aborted."""
         flight = self.flight
         owed = [place.owed for place in self.places]
         if flight is not None and self.rule.takes_out:
             owed[flight.fragment] = flight.delta
+        parts = [part.host for part in self.state.parts]
         return {
-            "parts": [(part.number, part.parameters.clone(), part.momentum.clone()) for part in self.state.parts],
-            "local": [self.layout.read(f) for f in range(len(self.layout.parts))],
+            "parts": [(part.number, part.parameters.clone(), part.momentum.clone()) for part in parts],
+            "local": [self.layout.read(f).to(HOST) for f in range(len(self.layout.parts))],
             "places": [_kept(place, left) for place, left in zip(self.places, owed, strict=True)],
             "since": self.since,
         }
@@ -269,23 +272,24 @@ class Replica:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse. The state's numbers are copied."""
         self.flight = None
-        self.state = State(tuple(Version(number, p.clone(), m.clone()) for number, p, m in state["parts"]))
+        self.state = State(tuple(Version(n, p.clone(), m.clone()) for n, p, m in state["parts"])).on(self.layout.device)
         for f, local in enumerate(state["local"]):
             self.layout.write(f, local)
-        self.places = [_restored(place) for place in state["places"]]
+        self.places = [_restored(place, self.layout.device) for place in state["places"]]
         self.since = state["since"]
 
 
-_TENSORS = ("offset", "offset_momentum", "pending")
+_TENSORS = ("offset", "offset_momentum", "pending", "owed")
 
 
 def _kept(place: Place, owed: torch.Tensor | None) -> dict[str, Any]:
     tensors = {name: getattr(place, name) for name in _TENSORS} | {"owed": owed}
     plain = {"tokens": place.tokens, "steps": place.steps, "missed": place.missed}
-    copies = {name: value if value is None else value.clone() for name, value in tensors.items()}
+    copies = {name: value if value is None else value.to(HOST, copy=True) for name, value in tensors.items()}
     return plain | copies | {"residual": place.residual.state_dict()}
 
 
-def _restored(state: dict[str, Any]) -> Place:
-    copies: dict[str, Any] = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in state.items()}
+def _restored(state: dict[str, Any], device: torch.device) -> Place:
+    given = {name: state[name] for name in _TENSORS if state[name] is not None}
+    copies: dict[str, Any] = state | {name: tensor.to(device, copy=True) for name, tensor in given.items()}
     return Place(**copies | {"residual": Residual.from_state_dict(state["residual"])})

@@ -81,13 +81,14 @@ class Rule:
 
     def begin(self, parameters: torch.Tensor) -> Version:
         """Version 0."""
-        return Version(0, parameters, torch.zeros(self.slots * parameters.numel()))
+        return Version(0, parameters, parameters.new_zeros(self.slots * parameters.numel()))
 
     def advance(self, version: Version, mean: torch.Tensor, part: Part, facts: Facts = PLAIN) -> Version:
-        """The next version, from the committed mean of what was sent."""
+        """The next version, from the committed mean of what was sent, which comes in the host's memory."""
         n, own = part.elements, self.outer.slots * part.elements
         slot = version.momentum[own:] if self.feedback.slots else None
-        delta, slot = self.feedback.combined(self.compression.received(mean), slot, share=facts.share)
+        mean = self.compression.received(mean).to(version.parameters.device)
+        delta, slot = self.feedback.combined(mean, slot, share=facts.share)
         delta = self.direct(delta, facts.scale) if self.directional else delta
         delta = torch.mul(delta, facts.mass) if self.weighting.absolute else delta
         parameters, momentum = self.step(version.parameters, version.momentum[:own], delta, version.number)

@@ -148,7 +148,7 @@ class Saver:
         return Snapshot(
             algorithm=self._spec.algorithm,
             fingerprint=self._layout.fingerprint,
-            versions=due.version.parts,
+            versions=tuple(part.host for part in due.version.parts),
             parameters=tuple(part.named for part in self._layout.parts),
             run_state=due.state,
             summary={

@@ -56,7 +56,7 @@ class Shelf:
             keys.append(self._key("hashes", state.number))
             self._serve(keys[-1], [memoryview(listing)], state.state_hash)
         for key, part in parts:
-            self._serve(key, [part.parameters, part.momentum], part.state_hash)
+            self._serve(key, [part.host.parameters, part.host.momentum], part.state_hash)
         self.versions[state.number] = tuple(keys)
         for number in self._needless(self.versions, state.number - 1):
             self._withdraw(number)

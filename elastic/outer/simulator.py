@@ -17,11 +17,12 @@ from .cadence import Cadence, Moment, cadence_of
 from .compression import Compression
 from .replica import Flight, Replica
 from .rule import Facts, Rule, check_delay
-from .state import Layout
+from .state import HOST, Layout
 
 
 class Simulator:
     """models: one for each replica, equal at first. rule, sync_every, fragments, cut, gather_wire: as for the loops.
+    device: of the outer state.
 
     received: called as received(turn, replica) in the turn-th exchange (skipped ones count): whether that contribution
     arrives; without it, all do. Who is left out keeps what it has learned, as in a run (rule 5). sent: bytes of all
@@ -40,13 +41,15 @@ class Simulator:
         buffers: bool = False,
         received: Callable[[int, int], bool] = lambda turn, replica: True,
         max_staleness: int = 4,
+        device: torch.device = HOST,
     ) -> None:
         self.rule, self.cadence, self.received = rule, cadence_of(sync_every), received
         check_delay(rule.delay, self.cadence, fragments)
         wire = rule.compression.wire
         self.gather = Compression(wire=(gathered_in(wire) if gather_wire is None else gather_wire) or wire)
         self.max_staleness = max_staleness
-        self.replicas = [Replica(Layout(m, fragments=fragments, how=cut, buffers=buffers), rule) for m in models]
+        layouts = [Layout(m, fragments=fragments, how=cut, buffers=buffers, device=device) for m in models]
+        self.replicas = [Replica(layout, rule) for layout in layouts]
         first = self.replicas[0].begin()
         for replica in self.replicas:
             replica.state, replica.share = first, 1.0 / len(models)

@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # what torch.compile and activation checkpointing put in names
 DTYPES = (torch.float32, torch.bfloat16)
+HOST = torch.device("cpu")
 HEX = 32  # characters of a hash
 
 
 @dataclass(frozen=True)
 class Version:
-    """One fragment. number: how many rounds have moved it. parameters: flat float32 CPU tensor, not to be written.
+    """One fragment. number: how many rounds have moved it. parameters: flat float32 tensor, not to be written.
 
-    momentum: what outer optimizer and error feedback keep, any number of vectors of that length, end to end.
+    momentum: what outer optimizer and error feedback keep, any number of vectors of that length, end to end; on the
+    same device.
     """
 
     number: int
@@ -47,9 +49,25 @@ class Version:
     def state_hash(self) -> str:
         """xxh3-128 of the bytes of parameters, then momentum; equal on all peers that hold this version."""
         digest = xxhash.xxh3_128()
-        for tensor in (self.parameters, self.momentum):
+        for tensor in (self.host.parameters, self.host.momentum):
             digest.update(as_bytes(tensor))
         return digest.hexdigest()
+
+    @cached_property
+    def host(self) -> Version:
+        """The same in the host's memory, where it is hashed, served and saved from: itself, if it is there."""
+        return self if self.parameters.device.type == "cpu" else self._copied(HOST)
+
+    def on(self, device: torch.device) -> Version:
+        """The same on this device: itself, if it is there."""
+        if self.parameters.device == device:
+            return self
+        copy = self._copied(device)
+        copy.__dict__.update(host=self.host, state_hash=self.state_hash)  # where cached properties keep them
+        return copy
+
+    def _copied(self, device: torch.device) -> Version:
+        return Version(self.number, self.parameters.to(device), self.momentum.to(device))
 
     @classmethod
     def from_bytes(cls, number: int, data: bytearray | memoryview, state_hash: str, elements: int) -> Version:
@@ -100,6 +118,11 @@ class State:
     def with_part(self, index: int, version: Version) -> State:
         return replace(self, parts=(*self.parts[:index], version, *self.parts[index + 1 :]))
 
+    def on(self, device: torch.device) -> State:
+        """The same on this device: itself, if it is there."""
+        parts = tuple(part.on(device) for part in self.parts)
+        return self if all(new is old for new, old in zip(parts, self.parts, strict=True)) else State(parts)
+
 
 def part_number(number: int, fragment: int, fragments: int) -> int:
     """How many of the first `number` rounds of a loop have moved this fragment."""
@@ -120,7 +143,8 @@ class Layout:
     """What is exchanged of a model: for each fragment one flat float32 vector. Tied parameters count once.
 
     model: its trainable parameters, float32 or bfloat16, on any device; with `buffers`, its floating point buffers
-    too (running statistics of batch norm, for instance). fragments, how: see `fragments.cut`.
+    too (running statistics of batch norm, for instance). fragments, how: see `fragments.cut`. device: where flat
+    vectors are, which need not be where the model is.
     With several ranks, `read` and `write` are the leader's, and reach the parameters of all ranks, whole or sharded;
     one parameter at a time is put together.
     """
@@ -134,11 +158,12 @@ class Layout:
         fragments: int = 1,
         how: str = "strided",
         buffers: bool = False,
+        device: torch.device = HOST,
     ) -> None:
         entries = list(_entries(model, buffers))
         _check(entries)
         named = [(name, tuple(tensor.shape)) for name, tensor in entries]
-        self._ranks, self._tag = ranks, tag
+        self._ranks, self._tag, self.device = ranks, tag, device
         self.parts = tuple(self._part(entries, members) for members in cut(named, fragments, how))
         self._tensors = [tensor for part in self.parts for tensor in part.tensors]
         self.sharded = any(map(is_sharded, self._tensors))
@@ -167,15 +192,17 @@ class Layout:
         return tuple(f"{name} {list(shape)}" for part in self.parts for name, shape in part.named)
 
     def read(self, part: int = 0) -> torch.Tensor:
-        """A new flat float32 copy of what the model holds of a fragment, on the CPU."""
+        """A new flat float32 copy of what the model holds of a fragment."""
         if any(map(is_sharded, self.parts[part].tensors)):
             self._ranks.order(f"{self._tag}/read/{part}")
-        return torch.cat([whole.to("cpu", torch.float32).reshape(-1) for whole in self._wholes(part)])
+        return torch.cat([whole.to(self.device, torch.float32).reshape(-1) for whole in self._wholes(part)])
 
     def write(self, part: int, flat: torch.Tensor) -> None:
         """Copies a flat vector into the model, in place."""
         if flat.numel() != self.parts[part].elements:
             raise CheckpointMismatch(f"{flat.numel()} numbers for a fragment of {self.parts[part].elements}")
+        if self._ranks.size > 1:
+            flat = flat.to(HOST)  # what goes from rank to rank goes through the host's memory
         pieces = torch.split(flat, [tensor.numel() for tensor in self.parts[part].tensors])
         self._ranks.order(f"{self._tag}/write/{part}")
         self._spread(part, pieces)
@@ -241,7 +268,7 @@ class Layout:
     def _spread(self, part: int, pieces: Iterable[torch.Tensor]) -> None:
         with torch.no_grad():
             for tensor, piece in zip(self.parts[part].tensors, pieces, strict=True):
-                tensor.copy_(_own_part(self._ranks.spread(piece).view(tensor.shape), tensor))
+                tensor.copy_(_own_part(self._ranks.spread(piece).to(tensor.device).view(tensor.shape), tensor))
 
 
 def _check(entries: list[tuple[str, torch.Tensor]]) -> None:
