@@ -16,7 +16,7 @@ from collectives.records import LinkFailure, Member, Start
 from .messages import OperationSpec, Propose
 
 Pair = frozenset[str]
-KEPT_COMMITS = 8  # of each tag, to be told again; as many versions behind, a result may still be asked for
+KEPT_COMMITS = 64  # of each tag, to be told again; as many versions behind, a result may still be asked for
 
 
 class Phase(Enum):

@@ -132,7 +132,8 @@ class OuterLoop:
     "average" to exchange floating point buffers, too.
     speed_matched: slower peers make fewer steps, so that all are ready at once (DyLU).
     max_staleness: a peer that missed more rounds of a fragment than this starts again from the outer parameters, and
-    its samples are read again. keep_results: results of how many rounds are kept for peers that were left out of them.
+    its samples are read again. keep_results: results of how many rounds are kept for peers that were left out of
+    them, and more if they are small (16 MiB in all).
     timeout: seconds to wait for a round, with too few peers too; by default the peer's `timeouts.round`.
     checkpoints: where the outer state and this peer's own are written to while training goes on, and read from when no
     living peer has them; a URL, or `Checkpoints`.
@@ -720,9 +721,11 @@ class OuterLoop:
         self, commit: Commit, mean: torch.Tensor, *, counted: bool, travelled: Compression | None = None
     ) -> None:
         self._doubts.clear()
-        before = self.version
+        before, shelf = self.version, self._shelf
+        assert shelf is not None
+        self._stepped_from = None
+        shelf.make_room(commit.version, self.keep_results, len(mean))
         facts = Facts(commit.scale, commit.share, commit.mass)
-        self._stepped_from = (before, mean, facts)
         self._state, self._led_by = commit.state, commit.digest
         if counted:
             self.replica.land(mean, counted=True, facts=facts, travelled=travelled)
@@ -731,9 +734,9 @@ class OuterLoop:
             self.replica.since = 0
         self.replica.share = 1.0 / len(commit.contributors)
         self.joining.committed(commit)
+        self._stepped_from = (before, mean, facts)
         self._adopt(self.replica.state)
-        assert self._shelf is not None
-        self._shelf.keep_result(commit, mean, self.keep_results)
+        shelf.keep_result(commit, mean, self.keep_results)
         self._counts["rounds"] += 1
         self._note(commit)
         if self.saver:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PULL_AGAIN_SECONDS = 0.02
 MOST_SERVED = 8  # versions, and results, that are kept for those who are fetching older ones
+SMALL = 16 << 20  # bytes of old versions, and of results, that are kept in any case: rounds of so little are quick
+MOST_SMALL = 128  # and how many
 
 
 class Shelf:
@@ -37,6 +39,7 @@ class Shelf:
         self.versions: dict[int, tuple[str, ...]] = {}
         self.results: dict[int, str] = {}
         self._served: dict[str, str] = {}
+        self._size = 0
         self._lock = threading.Lock()
         self._partials: dict[str, Partial] = {}
         self._brought: dict[str, Version] = {}
@@ -58,8 +61,8 @@ class Shelf:
         for key, part in parts:
             self._serve(key, [part.host.parameters, part.host.momentum], part.state_hash)
         self.versions[state.number] = tuple(keys)
-        for number in self._needless(self.versions, state.number - 1):
-            self._withdraw(number)
+        self._size = max(4 * (len(part.parameters) + len(part.momentum)) for part in state.parts)
+        self._drop_versions(state.number - 1)
 
     def _serve(self, key: str, parts: Sequence[memoryview | torch.Tensor], digest: str) -> None:
         if self._served.get(key) != digest:  # what is being fetched stays as it is
@@ -76,10 +79,21 @@ class Shelf:
         """Serves the result that led to a version to whoever was left out, until `keep` newer ones are there."""
         self.offer_result(commit, mean)
         self.results[commit.version] = self._key("result", commit.version)
-        fetched = min(self.versions, default=commit.version)  # who is fetching that one needs the results behind it
-        needed = min(commit.version - keep + 1, fetched + 1)
+        self._drop_results(commit.version, keep, 4 * len(mean))
+
+    def make_room(self, version: int, keep: int, elements: int) -> None:
+        """The round that leads to this version is applied next: what nobody needs then goes before, not after."""
+        self._drop_versions(version - 1)
+        self._drop_results(version, keep, 4 * elements)
+
+    def _drop_versions(self, needed: int) -> None:
+        for number in self._needless(self.versions, needed, self._size):
+            self._withdraw(number)
+
+    def _drop_results(self, version: int, keep: int, size: int) -> None:
+        fetched = min(self.versions, default=version)  # who is fetching that one needs the results behind it
         served: dict[int, tuple[str, ...]] = {number: (key,) for number, key in self.results.items()}
-        for number in self._needless(served, needed):
+        for number in self._needless(served, min(version - keep + 1, fetched + 1), size):
             self._take_back(self.results.pop(number))
 
     def _key(self, kind: str, version: int) -> str:
@@ -88,12 +102,16 @@ class Shelf:
     def _part_key(self, fragment: int, number: int) -> str:
         return f"state/{self._tag}/{fragment}/{number}"
 
-    def _needless(self, served: dict[int, tuple[str, ...]], needed: int) -> list[int]:
-        """What is older than `needed`, but not what somebody is fetching, nor what leads on from there."""
-        newest, found = max(served), []
+    def _needless(self, served: dict[int, tuple[str, ...]], needed: int, size: int) -> list[int]:
+        """What is older than `needed`, but not what somebody is fetching, nor what leads on from there.
+
+        size: bytes of each. Where it is small, rounds can be so quick that many pass in one step of a slow peer.
+        """
+        newest, found = max(served, default=0), []
+        needed = min(needed, newest + 1 - min(SMALL // max(size, 1), MOST_SMALL))
         for number in sorted(served):
             wanted = any(self._group.wanted(key) for key in served[number])
-            if number > newest - MOST_SERVED and (number >= needed or wanted):
+            if number >= needed or (wanted and number > newest - MOST_SERVED):
                 break
             found.append(number)
         return found

@@ -53,17 +53,21 @@ class Version:
             digest.update(as_bytes(tensor))
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def host(self) -> Version:
         """The same in the host's memory, where it is hashed, served and saved from: itself, if it is there."""
-        return self if self.parameters.device.type == "cpu" else self._copied(HOST)
+        return self if self.parameters.device.type == "cpu" else self._mirror
+
+    @cached_property
+    def _mirror(self) -> Version:
+        return self._copied(HOST)
 
     def on(self, device: torch.device) -> Version:
         """The same on this device: itself, if it is there."""
         if self.parameters.device == device:
             return self
         copy = self._copied(device)
-        copy.__dict__.update(host=self.host, state_hash=self.state_hash)  # where cached properties keep them
+        copy.__dict__.update(_mirror=self.host, state_hash=self.state_hash)  # where cached properties keep them
         return copy
 
     def _copied(self, device: torch.device) -> Version:

@@ -169,6 +169,7 @@ class SimPeer:
 
     data: what it reads. ahead: how many batches its loader has in flight before the oldest of them is stepped.
     learned: which samples are in its displacement from the outer state; offered: and in that of each proposal.
+    quorum, grace: what its loop asks for.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class SimPeer:
         self.data, self.ahead = data or SimData(), ahead
         self.sole = True  # there was one coordinator only, with its journal, and it has gone back to no checkpoint
         self.name, self.incarnation, self.generation = name, incarnation, 0
+        self.quorum, self.grace = 0, -1.0
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
         self.expelled = ""
         self.mode = "out"
@@ -288,7 +290,8 @@ class SimPeer:
             return
         cursors, starts = self.reader.cursors, self.reader.starts
         self._offer(slot, weight=float(self.learned.total()), cursors=cursors, starts=starts, spec=OUTER_SPEC,
-                    base_version=self.version, base_hash=self.states[self.version])  # fmt: skip
+                    base_version=self.version, base_hash=self.states[self.version],
+                    quorum=self.quorum, grace=self.grace)  # fmt: skip
         self.offered[self.sequence] = self.learned.copy()
 
     def reduce(self, tag: str = PLAIN) -> None:

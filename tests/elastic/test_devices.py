@@ -5,6 +5,8 @@ Torch's lazy device is one of its own that every build has: what would mix devic
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch._lazy.ts_backend
 from harness import Run
-from test_algorithms import inner_of, outer_of, simulate
+from test_algorithms import Layered, inner_of, outer_of, simulate
 from test_streaming import DECOUPLED, STREAM, train
 
 import elastic
@@ -25,6 +27,7 @@ from elastic.outer.engine import OuterLoop
 from elastic.outer.feedback import EF21, EControl, ErrorFeedback
 from elastic.outer.optimizers import SGD, Adam
 from elastic.outer.rule import Rule
+from elastic.outer.state import Layout
 from elastic.peer import Peer
 
 torch._lazy.ts_backend.init()
@@ -120,6 +123,21 @@ def test_a_joiner_a_checkpoint_and_a_state_dict_come_to_the_device(run: Run, dev
             assert joiner.version.parts[0].parameters.device.type == device
     assert loop.saver is not None and (saved := loop.saver.newest()) is not None
     assert saved.versions[0].state_hash == loop.version.parts[0].state_hash
+
+
+@pytest.mark.parametrize("device", ["cpu", *DEVICES])
+def test_what_nobody_needs_any_more_is_freed_at_once(device: str) -> None:
+    """Not when the garbage collector comes round: that can be many rounds later."""
+    rule, layout = diloco.rule(), Layout(Layered(0), device=on(device))
+    version = rule.begin(layout.read())
+    assert version.state_hash == version.host.state_hash == version.on(torch.device("cpu")).state_hash
+    seen = weakref.ref(version)
+    gc.disable()
+    try:
+        version = rule.advance(version, torch.ones(len(version.parameters)), layout.parts[0])
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_a_device_that_is_not_there_is_said_so(run: Run) -> None:

@@ -14,6 +14,7 @@ from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, Checkpo
 from collectives.records import LinkFailure, Member, WireRun
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
+from elastic.deciding import TOO_LATE_ONCE_TOO_OFTEN
 from elastic.journal import Committed, DatasetRegistered, Leased, Released, StreamEnded, Targeted
 from elastic.loops import Offer
 from elastic.membership import Membership
@@ -318,6 +319,69 @@ def test_a_quorum_opens_a_round_and_grace_ends_the_wait() -> None:
     assert not events(world, "round.started")
     wait(world, 1, *peers.values())
     assert events(world, "round.started")[0]["contributors"] == ["a", "b"]
+
+
+def decoupled(names: str = "abc", grace: float = 0.0, **policy: Any) -> tuple[World, dict[str, SimPeer]]:
+    """Peers whose loop opens a round with one of them, and has a grace of its own; the run would wait for all."""
+    world, peers = training(names, quorum=1.0, **policy)
+    for peer in peers.values():
+        peer.quorum, peer.grace = 1, grace
+    return world, peers
+
+
+def test_a_loop_may_have_a_quorum_and_a_grace_of_its_own() -> None:
+    world, peers = decoupled(grace=2.0)
+    propose(world, peers["b"])
+    wait(world, 1, *peers.values())
+    assert not events(world, "round.started"), "the grace is not over"
+    propose(world, peers["a"])
+    wait(world, 1, *peers.values())
+    assert events(world, "round.started")[0]["contributors"] == ["a", "b"]
+
+
+def test_the_shortest_grace_counts_and_min_peers_is_above_a_loops_quorum() -> None:
+    world, peers = decoupled(grace=9.0, min_peers=2)
+    peers["b"].grace = 1.0
+    propose(world, peers["a"])
+    wait(world, 20, *peers.values())
+    assert not events(world, "round.started"), "one is too few"
+    propose(world, peers["b"])
+    wait(world, 1, *peers.values())
+    assert events(world, "round.started")[0]["contributors"] == ["a", "b"]
+
+
+def test_who_is_always_too_late_is_waited_for_once() -> None:
+    """c proposes for the version that has just been replaced, again and again: then a round waits for it."""
+    world, peers = decoupled("ac")
+
+    def round_without_c() -> None:
+        world.act(peers["a"], "lease")
+        talk(world)
+        propose(world, peers["a"], read=1)
+        wait(world, 1, *peers.values())
+        talk(world)
+        exchange(world)
+        world.transfer(peers["c"])
+        talk(world)
+
+    for late in range(TOO_LATE_ONCE_TOO_OFTEN):
+        round_without_c()
+        assert commits(world)[-1].contributors == ("a",) and len(commits(world)) == late + 1
+        stale = {"tag": OUTER, "sequence": late, "base_version": late, "weight": 1.0, "spec": OUTER_SPEC}
+        (answer,) = tell(world, peers["c"], Propose, **stale, cursors={})
+        assert isinstance(answer, Commit), "it is told what it has missed"
+    world.act(peers["a"], "lease")
+    talk(world)
+    propose(world, peers["a"], read=1)
+    wait(world, int(TIMES.grace) - 1, *peers.values())
+    assert len(events(world, "round.started")) == TOO_LATE_ONCE_TOO_OFTEN, "nobody waits for it"
+    peers["c"].sequence = TOO_LATE_ONCE_TOO_OFTEN
+    propose(world, peers["c"])
+    talk(world)
+    exchange(world)
+    assert commits(world)[-1].contributors == ("a", "c")
+    round_without_c()
+    assert commits(world)[-1].contributors == ("a",), "once, and not again"
 
 
 def test_quorum_of_all_still_goes_on_without_the_silent() -> None:

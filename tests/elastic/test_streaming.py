@@ -430,6 +430,28 @@ def test_what_a_lost_peer_gave_to_some_fragments_only_is_counted_as_partial(run:
     assert sorted(seen[0] + seen[1][:32]) == list(range(211))
 
 
+# --- a quorum of its own ----------------------------------------------------------------------------------------------
+
+
+def test_a_decoupled_round_waits_for_nobody_and_a_peer_of_slow_steps_still_contributes(run: Run) -> None:
+    """The run's own policy would wait for everybody, for 600 s; many rounds pass in one step of the slow peer."""
+    run.policy = RunPolicy(quorum=1.0, rounds=300)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=900, grace=600, evict_after=1000)
+    peers = run.several(3)
+    stop = threading.Event()
+    options = {"sync_every": 8, "fragments": 4, "sync_delay": 1, "quorum": 1, "grace_cap": 0.02, "max_staleness": 999}
+    pace = {"p0": 0.005, "p1": 0.005, "p2": 0.1}
+    loops = together(
+        *(lambda p=peer: paced(p, elastic.DecoupledDiLoCo, stop, pace[p.name], **options) for peer in peers)
+    )
+    assert len({loop.version.state_hash for loop in loops}) == 1
+    committed = events(run, "coordinator", "round.committed")
+    slow = [event["round"] for event in committed if "p2" in event["contributors"]]
+    assert len(slow) < len(committed) / 3, "the others waited for it"
+    assert len([number for number in slow if number < 280]) >= 2, "and yet what it has learned gets in"
+    assert loops[2].statistics().rounds > 100 and len(events(run, "p2", "state.fetched")) <= 3, "it follows"
+
+
 # --- cadences over the network ----------------------------------------------------------------------------------------
 
 
