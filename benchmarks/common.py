@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
@@ -49,6 +49,26 @@ def system_congestion_control() -> str:
 
 def launch_here(command: list[str], options: dict[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, **options)
+
+
+def take_orders(desk_of: Callable[[str], Any]) -> NoReturn:
+    """What a worker's process does: each line that comes is an order, whose "do" names a method of the desk.
+
+    desk_of: makes the desk, of the worker's name.
+    """
+    # Whatever libraries print goes to standard error; the answers keep a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    desk = desk_of(sys.argv[1])
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            answer = getattr(desk, order["do"])(order)
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    os._exit(0)  # the team is gone: nobody waits for a tidy end
 
 
 class Worker:

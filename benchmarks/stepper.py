@@ -7,9 +7,6 @@ loop's, so that whatever follows it is the loop's.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 
 import elastic
+from benchmarks import common
 from collectives import LinkOptions
 
 RUN = "overlap"
@@ -208,22 +206,5 @@ class Row:
         self.clock.waited.append(self.ready - self.began)
 
 
-def main() -> None:
-    # Whatever libraries print goes to standard error; the answers keep a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    desk = Desk(sys.argv[1])
-    for line in sys.stdin:
-        order = json.loads(line)
-        act: Callable[[dict[str, Any]], dict[str, Any]] = getattr(desk, order["do"])
-        try:
-            answer = act(order)
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # the team is gone: nobody waits for a tidy end
+    common.take_orders(Desk)

@@ -7,9 +7,7 @@ and a linear layer. The rest of a step's time is slept, as if an accelerator com
 from __future__ import annotations
 
 import json
-import os
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -23,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import elastic
+from benchmarks import common
 from collectives import Done, Group, LinkOptions
 
 # elastic and collectives import what is in them with the first use: that is part of the imports, too
@@ -241,22 +240,5 @@ def broadcast(host: str, port: int, rank: int, data: torch.Tensor) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    # Whatever libraries print goes to standard error; the answers keep a descriptor of their own.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    desk = Desk(sys.argv[1])
-    for line in sys.stdin:
-        order = json.loads(line)
-        act: Callable[[dict[str, Any]], dict[str, Any]] = getattr(desk, order["do"])
-        try:
-            answer = act(order)
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
-    os._exit(0)  # the team is gone: nobody waits for a tidy end
+    common.take_orders(Desk)

@@ -98,5 +98,5 @@ class DecoupledDiLoCo(OuterLoop):
     def grace(self) -> float:
         """Seconds that a round may wait for others before this peer would have to wait for its result."""
         assert isinstance(self.replica.rule.delay, int)
-        slack = self.replica.rule.delay * self.step_seconds - self.sync_seconds
+        slack = self.replica.rule.delay * self.pace.step_seconds - self.pace.sync_seconds
         return min(max(self._grace * slack, 0.0), self._grace_cap)

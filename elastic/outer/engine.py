@@ -59,6 +59,7 @@ from .feedback import Feedback, NoFeedback
 from .flight import Exchange
 from .joining import Joining
 from .local import Local
+from .pace import Pace
 from .replica import Flight, Replica
 from .rule import Facts, Rule, check_delay
 from .saving import Saver
@@ -72,7 +73,6 @@ if TYPE_CHECKING:
 ENTER_AGAIN_SECONDS = 0.1
 SEE_OFF_SECONDS = 15.0
 HAND_OVER_SECONDS = 3.0
-SMOOTHING = 0.1  # of what is measured for statistics and graces: the part that the newest value has
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +183,7 @@ class OuterLoop:
         if buffers not in ("local", "average"):
             raise ConfigurationError(f"buffers is {buffers!r}: choose 'local' or 'average'")
         self.cadence = cadence_of(sync_every)
-        if weighting is None and feedback is not None and feedback.slots:
-            weighting = Equal()  # what is kept of every peer adds up only if it counts the same each time
-        options = {} if weighting is None else {"weighting": weighting}
-        compression = Compression(wire=check_wire(wire), rotate=rotate)
-        rule = make(compression=compression, feedback=feedback or NoFeedback(), **options)
+        rule = _ruled(make, Compression(wire=check_wire(wire), rotate=rotate), feedback or NoFeedback(), weighting)
         check_delay(rule.delay, self.cadence, fragments)
         self.model, self.inner, self.peer, self.tag = model, inner, peer, tag
         self.speed_matched, self.wire = speed_matched, wire
@@ -203,25 +199,14 @@ class OuterLoop:
         )
         self.replica = Replica(self.layout, rule)
         self.joining = Joining(joining, rewarm_steps, inner, peer, tag, self.layout)
-        gathered = gathered_in(wire) if gather_wire is None else check_wire(gather_wire)
-        self.spec = OperationSpec(
-            op=rule.combine,
-            dtype="float32",
-            elements=self.layout.elements,
-            wire=wire,
-            gather_wire=gathered if gathered != wire else "",
-            algorithm=rule.description,
-            fingerprint=self.layout.fingerprint,
-            fragments=fragments,
-        )
+        self.spec = _specified(rule, self.layout, gathered_in(wire) if gather_wire is None else check_wire(gather_wire))
         where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
         self.saver = Saver(where, peer, tag, self.spec, self.layout, Local(inner, peer.ranks, tag)) if where else None
         self.steps = 0
         self.last_commit: Commit | None = None
-        self.step_seconds = self.sync_seconds = 0.0
+        self.pace = Pace()
         self._allotting = Allotting(wire, error_budget) if error_budget is not None else None
         self._counts = dict.fromkeys(("rounds", "contributed", "refused", "bytes_offered"), 0)
-        self._training = self._stalled = self._working = 0.0
         self._seen: State | None = None
         self._stepped_from: tuple[State, torch.Tensor, Facts] | None = None
         self._shelf = Shelf(peer.group, tag) if peer.ranks.leads else None
@@ -232,8 +217,6 @@ class OuterLoop:
         self._exchange: Exchange | None = None
         self._kept_back: deque[Any] = deque()
         self._state, self._led_by = b"", ""
-        self._round_seconds = 0.0
-        self._clock = self._launched_at = self._noted_at = time.monotonic()
         self._inbox: Inbox | None = None
         self._context: Any = None
         self._hook: Any = None
@@ -276,11 +259,11 @@ class OuterLoop:
         """What this peer has done in the loop, as of now; zeros on ranks that do not lead."""
         return OuterStatistics(
             **self._counts,
-            step_seconds=self.step_seconds,
-            sync_seconds=self.sync_seconds,
-            training_seconds=self._training,
-            stalled_seconds=self._stalled,
-            working_seconds=self._working,
+            step_seconds=self.pace.step_seconds,
+            sync_seconds=self.pace.sync_seconds,
+            training_seconds=self.pace.training,
+            stalled_seconds=self.pace.stalled,
+            working_seconds=self.pace.working,
         )
 
     def __enter__(self) -> Self:
@@ -307,7 +290,7 @@ class OuterLoop:
         self.joining.entered(self.version.number)
         self.peer.when_idle.append(self._idle)
         self.peer.recomputes[self.tag] = self._recompute
-        self._clock = self._launched_at = time.monotonic()
+        self.pace.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -408,12 +391,8 @@ class OuterLoop:
             self._together("step", self._after_step)
 
     def _after_step(self) -> None:
-        began, stalled = time.monotonic(), self._stalled
-        self._training += began - self._clock
-        self.step_seconds = _smoothed(self.step_seconds, began - self._clock)
-        self._work()
-        self._clock = time.monotonic()
-        self._working += self._clock - began - (self._stalled - stalled)
+        with self.pace.in_hook():
+            self._work()
 
     def _work(self) -> None:
         self.steps += 1
@@ -424,7 +403,7 @@ class OuterLoop:
             self._settle()
             self._reset()
         self._receive(not self.peer.whole or self._sitting_out == self.version.number)
-        self.peer.report(step=self.steps, state="training", steps_per_second=1.0 / max(self.step_seconds, 1e-9))
+        self.peer.report(step=self.steps, state="training", steps_per_second=self.pace.steps_per_second)
         self._listen()
         if self.replica.landing:
             self._settle()
@@ -447,18 +426,17 @@ class OuterLoop:
         So it offers what it has for the next one at once, if it need not stand still for that.
         """
         followed = self.last_commit is not None and self.peer.name not in self.last_commit.contributors
-        return followed and self.replica.rule.delay != 0 and 2 * self.step_seconds > self._round_seconds
+        return followed and self.replica.rule.delay != 0 and 2 * self.pace.step_seconds > self.pace.round_seconds
 
     def _moment(self) -> Moment:
         progress = self.peer.progress
         fastest = progress.fastest if self.speed_matched else 0.0
-        speed = 1.0 / max(self.step_seconds, 1e-9)
         return Moment(
             round=self.version.number,
             fragments=len(self.layout.parts),
             steps=self.replica.since,
-            seconds=time.monotonic() - self._launched_at,
-            pace=min(1.0, speed / fastest) if fastest > 0 else 1.0,
+            seconds=self.pace.since_launch,
+            pace=min(1.0, self.pace.steps_per_second / fastest) if fastest > 0 else 1.0,
             progress=progress.part,
         )
 
@@ -468,7 +446,7 @@ class OuterLoop:
         if not (self.replica.learned or self.peer.over):
             self.peer.report(state="receiving")
             self._receive(True)
-        self._clock = time.monotonic()
+        self.pace.resume()
 
     def _receive(self, receiving: bool) -> None:
         if receiving != self._receiving:
@@ -552,7 +530,7 @@ class OuterLoop:
             return
         self._sitting_out = -1
         self._receive(False)
-        self._launched_at = time.monotonic()
+        self.pace.launched()
         result = torch.empty_like(flight.payload)
         proposal = self._proposal(flight)
         operation = self.peer.operation(proposal, lambda _: (flight.payload, result), self._inbox)
@@ -640,15 +618,12 @@ class OuterLoop:
                 raise
         else:
             self._exchange = None
-            self.sync_seconds = _smoothed(self.sync_seconds, exchange.seconds)
+            self.pace.exchanged(exchange.seconds)
             self._conclude(outcome, exchange)
 
     def _awaited(self, exchange: Exchange) -> Outcome:
-        began = time.monotonic()
-        try:
+        with self.pace.waiting():
             return exchange.wait()
-        finally:
-            self._stalled += time.monotonic() - began
 
     def _give_up(self, exchange: Exchange, error: BaseException) -> None:
         """Nothing is lost: the contribution stays, and goes into the next round."""
@@ -754,8 +729,7 @@ class OuterLoop:
         self._doubts.clear()
 
     def _note(self, commit: Commit) -> None:
-        now = time.monotonic()
-        self._round_seconds, self._noted_at = _smoothed(self._round_seconds, now - self._noted_at), now
+        self.pace.round_over()
         self.last_commit = commit
         self._opened = False
         self.peer.finish(self.tag, commit.round)
@@ -922,7 +896,7 @@ class OuterLoop:
         finally:
             self.model.train(training)
             self.layout.put_back(local)
-            self._clock = time.monotonic()
+            self.pace.resume()
 
     def state_dict(self) -> dict[str, Any]:
         """The outer state, this peer's place in the rounds and in its data, defined between any two inner steps.
@@ -977,6 +951,30 @@ def _check_whole(**values: Any) -> None:
             raise ConfigurationError(f"{name} is {value!r}: it must be a whole number of at least 1")
 
 
+def _ruled(
+    make: Callable[..., Rule], compression: Compression, feedback: Feedback, weighting: Weighting | None
+) -> Rule:
+    if weighting is None and feedback.slots:
+        weighting = Equal()  # what is kept of every peer adds up only if it counts the same each time
+    options = {} if weighting is None else {"weighting": weighting}
+    return make(compression=compression, feedback=feedback, **options)
+
+
+def _specified(rule: Rule, layout: Layout, gathered: str) -> OperationSpec:
+    """What all peers must agree on."""
+    wire = rule.compression.wire
+    return OperationSpec(
+        op=rule.combine,
+        dtype="float32",
+        elements=layout.elements,
+        wire=wire,
+        gather_wire=gathered if gathered != wire else "",
+        algorithm=rule.description,
+        fingerprint=layout.fingerprint,
+        fragments=len(layout.parts),
+    )
+
+
 def _device(name: str | torch.device) -> torch.device:
     """With its index, as tensors name theirs. ConfigurationError if there is none of this name here."""
     try:
@@ -989,10 +987,6 @@ def _skipped(inner: torch.optim.Optimizer) -> bool:
     """Whether this call has changed nothing: GradScaler tells a fused optimizer so, whose hooks run even then."""
     found = getattr(inner, "found_inf", None)
     return isinstance(found, torch.Tensor) and bool(found.item())
-
-
-def _smoothed(before: float, now: float) -> float:
-    return now if before == 0 else before + SMOOTHING * (now - before)
 
 
 def _first_infinite(named: tuple[tuple[str, tuple[int, ...]], ...], flat: torch.Tensor) -> str:
