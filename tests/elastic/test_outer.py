@@ -278,6 +278,7 @@ def test_nobody_waits_for_a_joiner_that_has_not_made_a_step(run: Run) -> None:
 def test_a_version_that_is_being_fetched_is_kept_with_what_leads_on_from_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("elastic.outer.serving.SMALL", 0)
     peer = run.join("p0")
     model = Quadratic(target_of(peer))
     inner = inner_of(model)
@@ -286,9 +287,26 @@ def test_a_version_that_is_being_fetched_is_kept_with_what_leads_on_from_it(
         monkeypatch.setattr(peer.group, "wanted", lambda key: key == "state/outer/0/2")
         steps(model, inner, 4)
         assert sorted(loop._shelf.versions) == [2, 3, 4, 5, 6] and sorted(loop._shelf.results) == [3, 4, 5, 6]
-        monkeypatch.undo()
+        monkeypatch.setattr(peer.group, "wanted", lambda key: False)
         steps(model, inner, 1)
         assert sorted(loop._shelf.versions) == [6, 7] and sorted(loop._shelf.results) == [6, 7]
+
+
+def test_small_versions_and_results_are_kept_longer_up_to_so_many_bytes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version is parameters and momentum, twice a result."""
+    peer = run.join("p0")
+    model = Quadratic(target_of(peer))
+    inner = inner_of(model)
+    result = 4 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("elastic.outer.serving.SMALL", 12 * result)
+    with DiLoCo(model, inner, peer, sync_every=1) as loop:
+        steps(model, inner, 20)
+        assert sorted(loop._shelf.versions) == [*range(15, 21)] and sorted(loop._shelf.results) == [*range(9, 21)]
+        monkeypatch.setattr("elastic.outer.serving.MOST_SMALL", 4)
+        steps(model, inner, 1)
+        assert sorted(loop._shelf.versions) == sorted(loop._shelf.results) == [18, 19, 20, 21]
 
 
 def test_a_peer_that_missed_a_round_keeps_what_it_learned(run: Run) -> None:
