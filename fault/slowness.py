@@ -1,0 +1,144 @@
+"""Slow senders, receivers and links over time: windows of measured delays in, what persists out.
+
+One window is what came in since the last: often one operation per pair. A cell is judged against its own past, because
+links over a WAN differ by nature; what it was while it was suspected does not become its past. What `delays.slow_parts`
+finds in several windows running is confirmed, and cleared when it has not been found for as many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from .delays import Slow, slow_parts
+
+Key = TypeVar("Key", bound=Hashable)
+Pair = tuple[str, str]
+Culprit = tuple[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """windows: how many running confirm a suspicion, or clear it. history: how many of its past a cell is judged by;
+    needed: how many it must have. window_seconds: how long one lasts at least. least_bytes: what a measurement must
+    have carried: of less, latency and chance are most of the delay.
+    """
+
+    windows: int = 3
+    history: int = 30
+    needed: int = 5
+    window_seconds: float = 1.0
+    least_bytes: int = 64 << 10
+
+
+class Persisting(Generic[Key]):
+    """Hysteresis: what is found in `windows` running is confirmed, what is missing in as many is cleared.
+
+    confirmed: by key, when it was first found (in that streak).
+    """
+
+    def __init__(self, windows: int) -> None:
+        self._windows = windows
+        self._streaks: dict[Key, tuple[int, float]] = {}
+        self._missing: dict[Key, int] = {}
+        self.confirmed: dict[Key, float] = {}
+
+    def window(self, found: Iterable[Key], at: float) -> None:
+        """One more has been looked at. at: when it began."""
+        keys = set(found)
+        self._streaks = {
+            key: (self._streaks[key][0] + 1, self._streaks[key][1]) if key in self._streaks else (1, at) for key in keys
+        }
+        for key, (count, since) in self._streaks.items():
+            if count >= self._windows:
+                self.confirmed.setdefault(key, since)
+        self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - keys}
+        for key, count in self._missing.items():
+            if count >= self._windows:
+                del self.confirmed[key]
+
+    @property
+    def suspected(self) -> set[Key]:
+        """Found in the last window, confirmed or not."""
+        return set(self._streaks)
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self._streaks.pop(key, None)
+            self.confirmed.pop(key, None)
+            self._missing.pop(key, None)
+
+
+@dataclass(slots=True)
+class Slowness:
+    """Pure: time comes with what is observed.
+
+    slow: what is confirmed, with its newest numbers and since when.
+    """
+
+    patience: Patience = field(default_factory=Patience)
+    slow: dict[Culprit, tuple[Slow, float]] = field(default_factory=dict)
+    windows: int = 0
+    _now: dict[Pair, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _past: dict[Pair, deque[float]] = field(default_factory=dict)
+    _began: float | None = None
+    _persisting: Persisting[Culprit] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._persisting = Persisting(self.patience.windows)
+
+    def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
+        """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
+        if carried >= self.patience.least_bytes and seconds > 0:
+            self._now[sender, receiver].append(math.log(seconds / carried))
+            self._began = at if self._began is None else self._began
+
+    def look(self, at: float) -> None:
+        """Closes the window, if it has lasted."""
+        if self._began is None or at - self._began < self.patience.window_seconds:
+            return
+        logs = {pair: float(np.median(values)) for pair, values in self._now.items()}
+        found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
+        self._persisting.window(found, self._began)
+        before = {key: slow for key, (slow, _) in self.slow.items()}
+        self.slow = {
+            key: (found.get(key) or before[key], since) for key, since in self._persisting.confirmed.items()
+        }
+        self._learn(logs)
+        self.windows += 1
+        self._now.clear()
+        self._began = None
+
+    def _judge(self, logs: Mapping[Pair, float]) -> tuple[Slow, ...]:
+        names = sorted({name for pair in logs for name in pair})
+        index = {name: i for i, name in enumerate(names)}
+        matrix = np.full((len(names), len(names)), np.nan)
+        for (sender, receiver), value in logs.items():
+            past = self._past.get((sender, receiver), ())
+            if len(past) >= self.patience.needed:
+                matrix[index[sender], index[receiver]] = value - float(np.median(past))
+        return slow_parts(matrix, names)
+
+    def _learn(self, logs: Mapping[Pair, float]) -> None:
+        """What is suspected of being slow is not what is usual."""
+        suspects = self._persisting.suspected | self._persisting.confirmed.keys()
+        peers = {culprits[0] for kind, culprits in suspects if len(culprits) == 1}
+        links = {culprits for _, culprits in suspects if len(culprits) == 2}
+        for pair, value in logs.items():
+            if pair not in links and peers.isdisjoint(pair):
+                self._past.setdefault(pair, deque(maxlen=self.patience.history)).append(value)
+
+    def forget(self, name: str) -> None:
+        """This peer has gone: its next life is measured anew."""
+        for pair in [pair for pair in (*self._past, *self._now) if name in pair]:
+            self._past.pop(pair, None)
+            self._now.pop(pair, None)
+        gone = [key for key in (*self.slow, *self._persisting.suspected) if name in key[1]]
+        self._persisting.forget(gone)
+        for key in gone:
+            self.slow.pop(key, None)
