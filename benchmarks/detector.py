@@ -1,9 +1,9 @@
 """The detector of slow senders, receivers and links, on synthetic delays with planted faults.
 
-Every pair of n peers has its own usual delay (log-normal between pairs: WAN links differ by nature) and log-normal noise
-of deviation sigma in each window. After some windows of health one fault, or two at once, makes its cells `factor` times
-as slow, for the rest of the trial. Recall: faults that are confirmed, by kind and culprit. Precision: confirmed verdicts
-that are right. Windows: from the fault to its verdict, the median and the largest.
+Every pair of n peers has its own usual delay (log-normal between pairs: WAN links differ by nature) and log-normal
+noise of deviation sigma in each window. After some windows of health one fault, or two at once, makes its cells
+`factor` times as slow, for the rest of the trial. Recall: faults that are confirmed, by kind and culprit. Precision:
+confirmed verdicts that are right. Windows: from the fault to its verdict, the median and the largest.
 
     python -m benchmarks.detector --json detector.json
     python -m benchmarks.detector --quick

@@ -6,9 +6,9 @@ sources). Rows and columns are told apart by Tukey's median polish,
 
     L[s, d]  =  level + row[s] + column[d] + rest[s, d]
 
-which a few wild cells do not disturb. Polishing rows first favours rows where peers are few, so both orders are averaged.
+which a few wild cells do not disturb. Polishing rows first favours rows where peers are few: both orders are averaged.
 
-Links over a WAN differ by nature, so what is judged is L minus what is usual for that cell (`Usual`).
+Links over a WAN differ by nature, so what is judged is L minus what is usual for that cell (`slowness.Slowness`).
 
 A ring shows one cell of each row and column: then sender, receiver and link cannot be told apart, and the answer is
 `Slow` with kind "ambiguous", all three as candidates.
@@ -141,7 +141,7 @@ def _ambiguous(logs: Matrix, names: Sequence[str], level: float | None = None, n
     if not seen.size:
         return ()
     level = float(np.median(seen)) if level is None else level
-    noise = max(noise, _NORMAL_MAD * float(np.median(np.abs(seen - level))), _LEAST_NOISE)
+    noise = noise or max(_NORMAL_MAD * float(np.median(np.abs(seen - level))), _LEAST_NOISE)
     hot = np.nan_to_num(logs - level) > max(float(np.log(FACTOR)), DEVIATIONS * noise)
     cells = zip(*np.nonzero(hot), strict=True)
     return tuple(_slow("ambiguous", (names[s], names[d]), float(logs[s, d]) - level, noise) for s, d in cells)

@@ -106,9 +106,7 @@ class Slowness:
         found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
         self._persisting.window(found, self._began)
         before = {key: slow for key, (slow, _) in self.slow.items()}
-        self.slow = {
-            key: (found.get(key) or before[key], since) for key, since in self._persisting.confirmed.items()
-        }
+        self.slow = {key: (found.get(key) or before[key], since) for key, since in self._persisting.confirmed.items()}
         self._learn(logs)
         self.windows += 1
         self._now.clear()

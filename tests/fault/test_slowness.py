@@ -1,0 +1,184 @@
+"""Slow senders, receivers and links: planted in matrices, over windows, and what must make no difference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fault.delays import Matrix, Slow, slow_parts
+from fault.slowness import Patience, Persisting, Slowness
+
+KINDS = ["sender", "receiver", "link"]
+
+
+def names(n: int) -> list[str]:
+    return [f"p{i}" for i in range(n)]
+
+
+def noisy(n: int, seed: int, sigma: float = 0.05) -> Matrix:
+    logs = np.random.default_rng(seed).normal(0, sigma, (n, n))
+    np.fill_diagonal(logs, np.nan)
+    return logs
+
+
+def raised(logs: Matrix, kind: str, s: int, d: int, factor: float) -> Matrix:
+    where = {"sender": (s, slice(None)), "receiver": (slice(None), d), "link": (s, d)}[kind]
+    logs = logs.copy()
+    logs[where] += math.log(factor)
+    return logs
+
+
+def culprit(kind: str, s: int, d: int) -> tuple[str, ...]:
+    return {"sender": (f"p{s}",), "receiver": (f"p{d}",), "link": (f"p{s}", f"p{d}")}[kind]
+
+
+def said(found: tuple[Slow, ...]) -> set[tuple[str, tuple[str, ...]]]:
+    return {(slow.kind, slow.culprits) for slow in found}
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_planted_is_named_and_nothing_else(kind: str, n: int) -> None:
+    for seed in range(20):
+        s, d = (int(i) for i in np.random.default_rng(seed).choice(n, 2, replace=False))
+        (slow,) = slow_parts(raised(noisy(n, seed), kind, s, d, 3.0), names(n))
+        assert (slow.kind, slow.culprits) == (kind, culprit(kind, s, d))
+        assert 2.0 < slow.factor < 4.5 and slow.deviations > 4
+
+
+def test_a_node_is_slow_if_it_is_so_both_ways() -> None:
+    logs = raised(raised(noisy(6, 1), "sender", 2, 0, 3.0), "receiver", 0, 2, 3.0)
+    assert said(slow_parts(logs, names(6))) == {("node", ("p2",))}
+
+
+def test_two_faults_at_once_are_told_apart() -> None:
+    logs = raised(raised(noisy(8, 2), "sender", 1, 0, 3.0), "link", 4, 6, 4.0)
+    assert said(slow_parts(logs, names(8))) == {("sender", ("p1",)), ("link", ("p4", "p6"))}
+
+
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), n=st.integers(3, 9), scale=st.floats(-20, 20))
+def test_neither_the_order_of_names_nor_a_common_factor_matters(seed: int, kind: str, n: int, scale: float) -> None:
+    chance = np.random.default_rng(seed)
+    logs = raised(noisy(n, seed, 0.2), kind, 0, 1, 2.5)
+    order = chance.permutation(n)
+    shuffled = slow_parts(logs[np.ix_(order, order)] + scale, [names(n)[i] for i in order])
+    assert said(shuffled) == said(slow_parts(logs, names(n)))
+
+
+def test_a_single_ring_cannot_tell_and_says_so() -> None:
+    logs = np.full((6, 6), np.nan)
+    for i in range(6):
+        logs[i, (i + 1) % 6] = math.log(4.0) if i == 3 else 0.01 * i
+    (slow,) = slow_parts(logs, names(6))
+    assert (slow.kind, slow.culprits) == ("ambiguous", ("p3", "p4")) and slow.factor == pytest.approx(4.0, rel=0.1)
+
+
+def test_a_cell_beside_a_full_matrix_is_ambiguous_too() -> None:
+    """p5 is heard by p0 alone."""
+    logs = np.full((6, 6), np.nan)
+    logs[:5, :5] = noisy(5, 3)
+    logs[5, 0] = math.log(5.0)
+    assert said(slow_parts(logs, names(6))) == {("ambiguous", ("p5", "p0"))}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_to_compare_raise_no_alarm_without_a_reason(n: int) -> None:
+    assert slow_parts(noisy(n, 4), names(n)) == ()
+
+
+def test_nothing_seen_is_nothing_said() -> None:
+    assert slow_parts(np.full((4, 4), np.nan), names(4)) == ()
+
+
+# --- over time --------------------------------------------------------------------------------------------------------
+
+
+class Feed:
+    """Windows of measurements: every pair in each."""
+
+    def __init__(self, n: int = 4) -> None:
+        self.names, self.now, self.detector = names(n), 0.0, Slowness(Patience())
+        self._chance = np.random.default_rng(n)
+        self._usual = self._chance.normal(-3, 1.0, (n, n))  # links differ by nature
+
+    def windows(self, count: int, **faults: float) -> None:
+        """faults: `p1="sender"`-like factors by the name of a sender."""
+        for _ in range(count):
+            for s, sender in enumerate(self.names):
+                for d, receiver in enumerate(self.names):
+                    if s != d:
+                        noise = self._chance.normal(0, 0.05)
+                        seconds = math.exp(self._usual[s, d] + noise) * faults.get(sender, 1.0)
+                        self.detector.observe(sender, receiver, 1 << 20, seconds, self.now)
+            self.now += 1.0
+            self.detector.look(self.now)
+
+
+def test_links_that_differ_by_nature_are_no_fault_and_three_windows_make_one() -> None:
+    feed = Feed()
+    feed.windows(20)
+    assert not feed.detector.slow
+    feed.windows(2, p1=3.0)
+    assert not feed.detector.slow, "two windows may be chance"
+    feed.windows(1, p1=3.0)
+    assert set(feed.detector.slow) == {("sender", ("p1",))}
+    slow, since = feed.detector.slow["sender", ("p1",)]
+    assert since == 20.0 and slow.factor == pytest.approx(3.0, rel=0.3)
+
+
+def test_what_lasts_does_not_become_usual_and_what_ends_is_cleared() -> None:
+    feed = Feed()
+    feed.windows(10)
+    feed.windows(60, p1=3.0)
+    assert set(feed.detector.slow) == {("sender", ("p1",))}
+    feed.windows(2)
+    assert feed.detector.slow, "two windows may be chance"
+    feed.windows(1)
+    assert not feed.detector.slow
+
+
+def test_what_is_slow_from_the_beginning_is_its_nature() -> None:
+    feed = Feed()
+    feed.windows(30, p1=3.0)
+    assert not feed.detector.slow
+
+
+def test_a_peer_that_comes_again_is_measured_anew() -> None:
+    feed = Feed()
+    feed.windows(10)
+    feed.windows(3, p1=3.0)
+    feed.detector.forget("p1")
+    assert not feed.detector.slow
+    feed.windows(30, p1=3.0)
+    assert not feed.detector.slow, "its new life was never faster"
+
+
+def test_small_messages_and_short_windows_say_nothing() -> None:
+    detector = Slowness(Patience())
+    detector.observe("a", "b", 1000, 1.0, 0.0)
+    detector.look(5.0)
+    assert detector.windows == 0
+    detector.observe("a", "b", 1 << 20, 1.0, 5.0)
+    detector.look(5.5)
+    assert detector.windows == 0
+    detector.look(6.0)
+    assert detector.windows == 1
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 5))
+def test_hysteresis(found: list[bool], windows: int) -> None:
+    """Confirmed by so many in a row, cleared by as many without; since the first of the streak."""
+    persisting: Persisting[str] = Persisting(windows)
+    confirmed, hits, misses = False, 0, 0
+    for at, hit in enumerate(found):
+        persisting.window({"x"} if hit else set(), float(at))
+        hits, misses = (hits + 1, 0) if hit else (0, misses + 1)
+        if hits >= windows and not confirmed:
+            confirmed = True
+            assert persisting.confirmed["x"] == at - windows + 1
+        confirmed = confirmed and misses < windows
+        assert ("x" in persisting.confirmed) == confirmed
