@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from .delays import Slow, slow_parts
+from .persisting import Persisting
 
-Key = TypeVar("Key", bound=Hashable)
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
 
@@ -34,44 +33,6 @@ class Patience:
     needed: int = 5
     window_seconds: float = 1.0
     least_bytes: int = 64 << 10
-
-
-class Persisting(Generic[Key]):
-    """Hysteresis: what is found in `windows` running is confirmed, what is missing in as many is cleared.
-
-    confirmed: by key, when it was first found (in that streak).
-    """
-
-    def __init__(self, windows: int) -> None:
-        self._windows = windows
-        self._streaks: dict[Key, tuple[int, float]] = {}
-        self._missing: dict[Key, int] = {}
-        self.confirmed: dict[Key, float] = {}
-
-    def window(self, found: Iterable[Key], at: float) -> None:
-        """One more has been looked at. at: when it began."""
-        keys = set(found)
-        self._streaks = {
-            key: (self._streaks[key][0] + 1, self._streaks[key][1]) if key in self._streaks else (1, at) for key in keys
-        }
-        for key, (count, since) in self._streaks.items():
-            if count >= self._windows:
-                self.confirmed.setdefault(key, since)
-        self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - keys}
-        for key, count in self._missing.items():
-            if count >= self._windows:
-                del self.confirmed[key]
-
-    @property
-    def suspected(self) -> set[Key]:
-        """Found in the last window, confirmed or not."""
-        return set(self._streaks)
-
-    def forget(self, keys: Iterable[Key]) -> None:
-        for key in keys:
-            self._streaks.pop(key, None)
-            self.confirmed.pop(key, None)
-            self._missing.pop(key, None)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fault.delays import Matrix, Slow, slow_parts
-from fault.slowness import Patience, Persisting, Slowness
+from fault.persisting import Persisting
+from fault.slowness import Patience, Slowness
 
 KINDS = ["sender", "receiver", "link"]
 

@@ -1,0 +1,95 @@
+"""Contributions that are not like the others."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from fault.gradients import Contribution, Gradients, bad_contributions, cosine_to_others
+
+
+def fine(chance: random.Random) -> Contribution:
+    return Contribution(norm=chance.lognormvariate(0, 0.3), cosine=chance.uniform(0.3, 0.9))
+
+
+def some(n: int, seed: int = 0) -> dict[str, Contribution]:
+    chance = random.Random(seed)
+    return {f"p{i}": fine(chance) for i in range(n)}
+
+
+def vectors(n: int, seed: int) -> dict[str, torch.Tensor]:
+    """Pseudo-gradients of peers on different data: a common direction, and as much of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(1000, generator=generator)
+    return {f"p{i}": common + torch.randn(1000, generator=generator) for i in range(n)}
+
+
+def measured(given: dict[str, torch.Tensor]) -> dict[str, Contribution]:
+    mean = torch.stack(list(given.values())).mean(0)
+    facts = {peer: (float(x.norm()), float(mean.norm()), float(x @ mean), 1 / len(given)) for peer, x in given.items()}
+    return {peer: Contribution(norm=each[0], cosine=cosine_to_others(*each)) for peer, each in facts.items()}
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (5.0, 1.0, 2.0)])
+def test_the_cosine_to_the_others_is_what_it_says(weights: tuple[float, ...]) -> None:
+    given, total = list(vectors(3, 1).values()), sum(weights)
+    mean = sum((w / total) * x for w, x in zip(weights, given, strict=True))
+    assert isinstance(mean, torch.Tensor)
+    others = sum(w * x for w, x in list(zip(weights, given, strict=True))[1:])
+    expected = float(torch.nn.functional.cosine_similarity(given[0], torch.as_tensor(others), dim=0))
+    facts = float(given[0].norm()), float(mean.norm()), float(given[0] @ mean), weights[0] / total
+    assert cosine_to_others(*facts) == pytest.approx(expected, abs=1e-4)
+    assert cosine_to_others(1.0, 1.0, 1.0, 1.0) == cosine_to_others(0.0, 0.0, 0.0, 0.5) == 0.0
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_what_is_no_number_is_told_at_once_however_few_there_are(n: int, norm: float) -> None:
+    gradients = Gradients()
+    gradients.round(some(n) | {"x": Contribution(norm=norm, cosine=0.0)}, 7.0)
+    bad, since = gradients.bad["x"]
+    assert bad.why == "not finite" and since == 7.0 and len(gradients.bad) == 1
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+@pytest.mark.parametrize("factor, why", [(30.0, "norm"), (1 / 30, "norm"), (-1.0, "direction")])
+def test_scaled_and_flipped_gradients_are_named_in_the_second_round(n: int, factor: float, why: str) -> None:
+    gradients = Gradients()
+    for at in range(2):
+        given = vectors(n, at)
+        given["p1"] = factor * given["p1"]
+        assert not gradients.bad
+        gradients.round(measured(given), float(at))
+    assert {peer: (bad.why, since) for peer, (bad, since) in gradients.bad.items()} == {"p1": (why, 0.0)}
+
+
+def test_of_two_nobody_knows_which_is_right() -> None:
+    given = {"a": Contribution(norm=1.0, cosine=0.9), "b": Contribution(norm=100.0, cosine=0.99)}
+    assert bad_contributions(given) == ()
+
+
+def test_a_round_that_is_good_again_clears_and_a_new_life_begins_afresh() -> None:
+    gradients = Gradients()
+    far = {"p1": Contribution(norm=50.0, cosine=0.5)}
+    for at in range(2):
+        gradients.round(some(5, at) | far, float(at))
+    assert set(gradients.bad) == {"p1"}
+    gradients.forget("p1")
+    gradients.round(some(5, 2) | far, 2.0)
+    assert not gradients.bad
+    gradients.round(some(5, 3) | far, 3.0)
+    assert set(gradients.bad) == {"p1"}
+    for at in range(4, 6):
+        gradients.round(some(5, at), float(at))
+    assert not gradients.bad
+
+
+@pytest.mark.parametrize("n", [3, 4, 8, 16])
+def test_a_thousand_clean_rounds_raise_nothing(n: int) -> None:
+    gradients, chance = Gradients(), random.Random(n)
+    for at in range(1000):
+        gradients.round({f"p{i}": fine(chance) for i in range(n)}, float(at))
+        assert not gradients.bad
