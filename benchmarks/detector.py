@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     chance = np.random.default_rng(arguments.seed)
     columns = ("peers", "sigma", "factor", "fault", "recall", "precision", "windows to verdict")
     report, failed = Report("detector", "Slow senders, receivers and links, planted", columns), list[str]()
-    trials = 20 if arguments.quick else arguments.trials
+    trials = 8 if arguments.quick else arguments.trials
     for n, sigma, factor in cases(arguments.quick):
         for kind in KINDS:
             tally = Tally()

@@ -23,7 +23,7 @@ from . import exits
 from .view import STATE_STYLES, clean, human_bytes, joined, loss_text
 
 if TYPE_CHECKING:
-    from elastic.messages import AuditReport, MemberReport, StatusReport
+    from elastic.messages import AuditReport, MemberReport, StatusReport, VerdictReport
 
 
 @click.command(epilog="Example: elastic status tcp://host:29400 --name c4-1b --shards")
@@ -149,7 +149,15 @@ def _head(report: StatusReport) -> Iterable[Text | Table]:
     yield Text(f"{clean(report.run)}  {state}  generation {report.generation}  view {report.epoch}", style="bold")
     yield Text(f"rounds {rounds}  tokens {tokens}  seconds {trained}{goal}")
     yield Text(f"last contributors: {joined(report.contributors)}")
+    yield from (_verdict(verdict) for verdict in report.verdicts)
     yield _members(report.members)
+
+
+def _verdict(verdict: VerdictReport) -> Text:
+    numbers = ", ".join(f"{clean(name)} {value:g}" for name, value in verdict.evidence.items())
+    where = " -> ".join(map(clean, verdict.culprits))
+    lasting = f"for {verdict.lasting_seconds:.0f} s, confidence {verdict.confidence:.2f}"
+    return Text(f"{clean(verdict.kind)}: {where}  {lasting} ({numbers})", style="yellow")
 
 
 def _of(done: float, target: float) -> str:

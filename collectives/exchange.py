@@ -61,8 +61,9 @@ class Peer:
     waiting: what it gets as soon as it has said READY. unsent: chunks that it gets as soon as it gives credit for more;
     credit, credited: how many that is now, and how many came after the first. added: of its parts, here.
     touched: numbers have travelled between us.
-    unlinked_since, look_at, finished_at (time.monotonic()): since when it has no link, when to look for it next, and
-    when its last chunk came.
+    own_bytes: received of its own numbers.
+    unlinked_since, look_at, finished_at, own_at (time.monotonic()): since when it has no link, when to look for it
+    next, and when the last of its chunks, and of its own numbers, came.
     """
 
     member: Member
@@ -85,6 +86,8 @@ class Peer:
     bytes_received: int = 0
     seconds_sending: float = 0.0
     finished_at: float = 0.0
+    own_bytes: int = 0
+    own_at: float = 0.0
     retransmits_before: int = 0
 
     @property
@@ -312,6 +315,8 @@ class Attempt:
                 waited_seconds=max(0.0, peer.finished_at - (self._ready_at or self.begun)),
                 retransmits=peer.link.retransmits - peer.retransmits_before if peer.link is not None else 0,
                 rtt=peer.link.care.gauge.rtt if peer.link is not None else 0.0,
+                own_bytes=peer.own_bytes if self._direct else 0,
+                own_seconds=max(0.0, peer.own_at - (self._ready_at or self.begun)) if self._direct else 0.0,
             )
             for peer in self.peers.values()
         )
@@ -644,7 +649,7 @@ class Attempt:
             self._add(index, part)
             self._advance(index)
         self._post()
-        self._count(part.peer, nbytes)
+        self._count(part.peer, nbytes, own=part.header.kind is Kind.SCATTER)
 
     def _take_result(self, index: int, part: Part, digest: int) -> None:
         chunk = self.chunks[index]
@@ -668,10 +673,13 @@ class Attempt:
     def _position(self, index: int, who: int) -> int:
         return self.routes[self.chunks[index].owner].terms.index(who)
 
-    def _count(self, peer: Peer, nbytes: int) -> None:
+    def _count(self, peer: Peer, nbytes: int, *, own: bool) -> None:
         with self.condition:
             peer.expected -= 1
             peer.bytes_received += nbytes
+            if own:
+                peer.own_bytes += nbytes
+                peer.own_at = time.monotonic()
             if not peer.expected:
                 peer.finished_at = time.monotonic()
                 self.condition.notify_all()

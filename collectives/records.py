@@ -164,7 +164,9 @@ class LinkRecord:
     send_blocked_seconds: spent sending, most of it waiting for the kernel. waited_seconds: from when everyone was ready
     until the last chunk had come from there (0.0 if none was to come): who is slow has the largest. retransmits:
     packets that were sent again meanwhile, for whatever the link carried. rtt: seconds, the shortest lately; 0.0 until
-    known. stripes: at its end.
+    known. stripes: at its end. own_bytes, own_seconds: of what came, that peer's own numbers, and from when everyone
+    was ready until the last of them was here: unlike results, which wait for everybody, they depend on that peer, this
+    one and the link alone. 0.0 but in the direct pattern.
     """
 
     peer: str
@@ -175,6 +177,8 @@ class LinkRecord:
     waited_seconds: float = 0.0
     retransmits: int = 0
     rtt: float = 0.0
+    own_bytes: int = 0
+    own_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

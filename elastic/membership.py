@@ -6,7 +6,7 @@ through journal records (`Roster.record`): replaying them gives the same state i
 
 Only here peers are admitted and evicted. The rest lies with the parts, each of which touches its own state alone:
 `loops` (which state an outer loop stands at), `leases` (who may read which shard), `deciding` (what becomes of
-proposals); all of them speak through the `roster`.
+proposals), `watching` (what is wrong with whom); all of them speak through the `roster`.
 
 The rules are those of docs/design.md, "Rules of a round"; numbers in comments refer to them.
 """
@@ -73,6 +73,7 @@ from .messages import (
 from .roster import Effect, MemberState, Roster
 from .runstate import RunState
 from .shards import ShardTable
+from .watching import Watching
 
 
 class Membership:
@@ -98,6 +99,7 @@ class Membership:
             progress=lambda: self.progress,
             evict=self._depart,
         )
+        self.watching = Watching(self._roster)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
         self.lives: dict[str, int] = {}
         self.retired: dict[int, str] = {}
@@ -165,6 +167,7 @@ class Membership:
         self.outer.judge_all(now)
         self.rounds.tick(now)
         self._leasing.tick(now)
+        self.watching.tick(now)
         self._roster.returning = {name: until for name, until in self._roster.returning.items() if now <= until}
         return self._roster.take()
 
@@ -240,6 +243,7 @@ class Membership:
             return
         self._roster.returning.pop(name, None)
         self.rounds.routes.forget(name)
+        self.watching.forget(name)
         self._roster.record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
         self._roster.send_to(name, state.member.incarnation, self._roster.stamp(Expelled, reason=reason))
         self._roster.broadcast(self._roster.stamp(View, removed=(name,), reason=reason))
@@ -294,6 +298,7 @@ class Membership:
                 self.members[name].status = message.status
                 self._compare_loss(name, message.status.held_out_loss)
                 self.rounds.routes.learn(name, message.status.links, self.members)
+                self.watching.heard(name, message, now)
                 self._roster.send(name, self._roster.stamp(Pong, progress=self.progress))
             case Propose():
                 self.rounds.propose(name, message, now)
@@ -445,6 +450,7 @@ class Membership:
             progress=self.progress,
             contributors=self.last_contributors,
             samples=samples,
+            verdicts=self.watching.reports(now),
         )
         return report
 

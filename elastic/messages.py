@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from collectives.records import Abort, LinkFailure, Member, Start, WireRun
+from fault.records import Crossing, Gave
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -127,7 +128,12 @@ class Join(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
+    """crossings, gave: since the last one. step_seconds: the median of the inner steps since then; 0.0 if none."""
+
     status: PeerStatus
+    crossings: tuple[Crossing, ...] = ()
+    step_seconds: float = 0.0
+    gave: tuple[Gave, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -512,13 +518,25 @@ class MemberReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictReport:
+    """What the detector has confirmed; see `fault.verdicts.Verdict`. lasting_seconds: since it began."""
+
+    kind: str
+    culprits: tuple[str, ...]
+    lasting_seconds: float
+    confidence: float
+    evidence: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport(Message):
-    """contributors: of the last round. samples: committed."""
+    """contributors: of the last round. samples: committed. verdicts: what is wrong now."""
 
     members: tuple[MemberReport, ...]
     progress: RunProgress
     contributors: tuple[str, ...]
     samples: int
+    verdicts: tuple[VerdictReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

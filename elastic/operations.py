@@ -121,10 +121,11 @@ class Operation:
         send: Callable[[Message], None],
         finished: tuple[int, int] = (0, -1),
         silent_for: Callable[[], float] = lambda: 0.0,
+        operated: Callable[[OperationRecord], None] = lambda record: None,
     ) -> None:
         self._proposal, self._buffers = proposal, buffers
         self._name, self._inbox, self._group, self._send = name, inbox, group, send
-        self._finished, self._silent_for = finished, silent_for
+        self._finished, self._silent_for, self._operated = finished, silent_for, operated
         self._pending: Message = proposal
         self._done: Done | None = None
         self._begin: Begin | None = None
@@ -220,6 +221,7 @@ class Operation:
                 DoneReport, round=start.round, attempt=start.attempt, digest=outcome.digest, generation=start.generation
             )
             self._send(self._pending)
+            self._operated(outcome.record)
         else:
             self._end(start.identity, outcome)
             self._check_own_fault(outcome)

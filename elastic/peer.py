@@ -91,6 +91,7 @@ from .messages import (
 from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .ranks import ALONE, Alone
 from .runstate import LINEAGE, RunState
+from .telemetry import Telemetry
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
 
 if TYPE_CHECKING:
@@ -293,6 +294,7 @@ class Peer:
         self._fatal: ElasticError | None = None
         self._inboxes: dict[str, Inbox] = {}
         self.data = Data(self)
+        self.telemetry = Telemetry()
         self._sequence = 0
         self._finished: dict[str, tuple[int, int]] = {}
         self.when_idle: list[Callable[[], None]] = []
@@ -851,6 +853,7 @@ class Peer:
             send=self.send,
             finished=self._finished.get(proposal.tag, (0, -1)),
             silent_for=self.silent_for,
+            operated=self.telemetry.operated,
         )
 
     def inbox(self, tag: str) -> _OpenInbox:
@@ -931,6 +934,7 @@ class Peer:
             incarnation=self.incarnation,
             epoch=self._epoch,
             status=status,
+            **self.telemetry.take(),
         )
 
     def _join_message(self, **memory: Any) -> Join:

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .persisting import Persisting
 
-LENGTH = 4.0
-"""Times as long, or as short, as the median of the others."""
+LONG, SHORT = 4.0, 100.0
+"""Times as long, or as short, as the median of the others. Who has few steps behind it, or a learning rate that still
+grows after joining, is short for a good reason, and the others are long beside it: hence `USUAL`."""
+USUAL = 2.0
+"""Who is within this factor of its own past is as it always was, whatever the others are. Without a past it is judged
+by those of the others who have one, if all have."""
+PAST, NEEDED = 30, 3
 DEVIATIONS = 6.0
 AGAINST, GAP = -0.2, 0.4
 """A cosine below the first points the other way, if those of the others, in the median, are above it by the second. (Of
@@ -54,28 +60,51 @@ def cosine_to_others(norm: float, mean_norm: float, product: float, share: float
     return others / (norm * math.sqrt(squared)) if norm > 0 and squared > 0 else 0.0
 
 
-def bad_contributions(given: Mapping[str, Contribution]) -> tuple[Bad, ...]:
-    """Of one round. Only what is not finite is told of fewer than three peers: nobody knows which of two is right."""
+def bad_contributions(
+    given: Mapping[str, Contribution], usual: Callable[[str], float | None] = lambda peer: None
+) -> tuple[Bad, ...]:
+    """Of one round. Only what is not finite is told of fewer than three peers: nobody knows which of two is right.
+
+    usual: the norm that a peer has had lately, None if that is not known.
+    """
     lost = [Bad(peer=p, why="not finite", value=c.norm, others=0.0) for p, c in given.items() if not _finite(c)]
     fine = {peer: contribution for peer, contribution in given.items() if _finite(contribution)}
     if len(fine) < ENOUGH:
         return tuple(lost)
-    found = [_judged(peer, mine, [c for p, c in fine.items() if p != peer]) for peer, mine in fine.items()]
-    return (*lost, *(bad for bad in found if bad is not None))
+    known = {peer: usual(peer) for peer in fine}
+    for peer, mine in fine.items():
+        others = {other: contribution for other, contribution in fine.items() if other != peer}
+        bad = _off_length(peer, mine, others, known) or _off_direction(peer, mine, others)
+        lost += [bad] if bad else []
+    return tuple(lost)
 
 
 def _finite(contribution: Contribution) -> bool:
     return math.isfinite(contribution.norm)
 
 
-def _judged(peer: str, mine: Contribution, others: Sequence[Contribution]) -> Bad | None:
-    logs = [math.log(max(other.norm, 1e-300)) for other in others]
-    usual = statistics.median(logs)
-    noise = max(_LEAST_NOISE, _NORMAL_MAD * statistics.median(abs(each - usual) for each in logs))
-    off = abs(math.log(max(mine.norm, 1e-300)) - usual)
-    if off > math.log(LENGTH) and off > DEVIATIONS * noise:
-        return Bad(peer=peer, why="norm", value=mine.norm, others=math.exp(usual))
-    along = statistics.median(other.cosine for other in others)
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-300))
+
+
+def _off_length(
+    peer: str, mine: Contribution, others: Mapping[str, Contribution], usual: Mapping[str, float | None]
+) -> Bad | None:
+    own = usual[peer]
+    as_ever = own is not None and abs(_log(mine.norm) - _log(own)) < math.log(USUAL)
+    if as_ever or (own is None and any(usual[other] is None for other in others)):
+        return None
+    logs = [_log(other.norm) for other in others.values()]
+    middle = statistics.median(logs)
+    noise = max(_LEAST_NOISE, _NORMAL_MAD * statistics.median(abs(each - middle) for each in logs))
+    off = _log(mine.norm) - middle
+    if (off > math.log(LONG) or off < -math.log(SHORT)) and abs(off) > DEVIATIONS * noise:
+        return Bad(peer=peer, why="norm", value=mine.norm, others=math.exp(middle))
+    return None
+
+
+def _off_direction(peer: str, mine: Contribution, others: Mapping[str, Contribution]) -> Bad | None:
+    along = statistics.median(other.cosine for other in others.values())
     if mine.cosine < AGAINST and along - mine.cosine > GAP:
         return Bad(peer=peer, why="direction", value=mine.cosine, others=along)
     return None
@@ -87,10 +116,11 @@ class Gradients:
     def __init__(self, *, rounds: int = 2) -> None:
         self._persisting: Persisting[tuple[str, str]] = Persisting(rounds)
         self.bad: dict[str, tuple[Bad, float]] = {}
+        self._past: dict[str, deque[float]] = {}
 
     def round(self, given: Mapping[str, Contribution], at: float) -> None:
         """The contributions to one committed round, and what was refused because it is no number."""
-        found = {(bad.peer, bad.why): bad for bad in bad_contributions(given)}
+        found = {(bad.peer, bad.why): bad for bad in bad_contributions(given, self._usual)}
         self._persisting.window(found, at)
         before = self.bad
         self.bad = {
@@ -99,6 +129,17 @@ class Gradients:
         }
         self.bad |= {peer: (bad, at) for (peer, why), bad in found.items() if why == "not finite"}
 
+        suspects = self.bad.keys() | {peer for peer, _ in found}
+        for peer, contribution in given.items():
+            if peer not in suspects:
+                self._past.setdefault(peer, deque(maxlen=PAST)).append(contribution.norm)
+
+    def _usual(self, peer: str) -> float | None:
+        past = self._past.get(peer, ())
+        return statistics.median(past) if len(past) >= NEEDED else None
+
     def forget(self, name: str) -> None:
+        """It has gone; a later life is another."""
         self.bad.pop(name, None)
+        self._past.pop(name, None)
         self._persisting.forget([key for key in self._persisting.suspected if key[0] == name])

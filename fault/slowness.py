@@ -55,7 +55,7 @@ class Slowness:
 
     def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
         """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
-        if carried >= self.patience.least_bytes and seconds > 0:
+        if carried >= self.patience.least_bytes and 0 < seconds < math.inf:
             self._now[sender, receiver].append(math.log(seconds / carried))
             self._began = at if self._began is None else self._began
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,8 +50,9 @@ from ..messages import (
     Recomputed,
     Refused,
 )
-from ..operations import Inbox, Outcome, refusal
+from ..operations import Inbox, Operation, Outcome, refusal
 from ..runstate import LINEAGE
+from ..telemetry import share_of
 from ..tensors import check_wire, gathered_in
 from .budget import Allotting
 from .cadence import Cadence, Moment, cadence_of
@@ -392,6 +394,7 @@ class OuterLoop:
 
     def _after_step(self) -> None:
         with self.pace.in_hook():
+            self.peer.telemetry.stepped(self.pace.last_step)
             self._work()
 
     def _work(self) -> None:
@@ -543,12 +546,19 @@ class OuterLoop:
             patience,
             at_most=self.peer.drain_left,
             tell=self._inbox.put,
-            on_commit=self._shelf.offer_result,
+            on_commit=partial(self._committed, flight.payload, operation),
         )
         if self.replica.rule.delay == 0:
             self._settle()
         else:
             self._exchange.start()
+
+    def _committed(self, sent: torch.Tensor, operation: Operation, commit: Commit, mean: torch.Tensor) -> None:
+        """With this peer's contribution; in whichever thread the exchange runs."""
+        assert self._shelf is not None
+        self._shelf.offer_result(commit, mean)
+        share = share_of(operation.start_order, self.peer.name) if operation.start_order else 0.0
+        self.peer.telemetry.contributed(self.tag, commit.version, sent, mean, share)
 
     def _proposal(self, flight: Flight) -> Propose:
         part = self.layout.parts[flight.fragment]
@@ -584,6 +594,7 @@ class OuterLoop:
         Nobody waits for it in this round.
         """
         self._counts["refused"] += 1
+        self.peer.telemetry.refused(self.tag, flight.base.number + 1)
         self.peer.events.emit(
             "contribution.refused",
             version=flight.base.number,

@@ -11,12 +11,12 @@ SMOOTHING = 0.1  # the part that the newest value has
 
 class Pace:
     """step_seconds, sync_seconds, round_seconds: of an inner step, from sending to the commit, from one round to the
-    next; lately, 0 before the first. training, stalled, working: seconds in all, between hooks, waiting for exchanges,
-    and for all else in hooks.
+    next; lately, 0 before the first. last_step: seconds of the newest. training, stalled, working: seconds in all,
+    between hooks, waiting for exchanges, and for all else in hooks.
     """
 
     def __init__(self) -> None:
-        self.step_seconds = self.sync_seconds = self.round_seconds = 0.0
+        self.last_step = self.step_seconds = self.sync_seconds = self.round_seconds = 0.0
         self.training = self.stalled = self.working = 0.0
         self.begin()
 
@@ -36,8 +36,9 @@ class Pace:
     def in_hook(self) -> Iterator[None]:
         """An inner step is over, and what the loop does after it is about to begin."""
         began, stalled = time.monotonic(), self.stalled
-        self.training += began - self._clock
-        self.step_seconds = _smoothed(self.step_seconds, began - self._clock)
+        self.last_step = began - self._clock
+        self.training += self.last_step
+        self.step_seconds = _smoothed(self.step_seconds, self.last_step)
         yield
         self.resume()
         self.working += self._clock - began - (self.stalled - stalled)

@@ -78,6 +78,14 @@ ROWS = [
 ]
 
 
+def test_detector() -> None:
+    found = report("detector", "--quick")
+    assert not [note for note in found["notes"] if "FAILED" in note] and found["notes"][0].startswith("0 alarms in ")
+    gated = [sample for sample in found["samples"] if sample["cells"]["peers"] == "16"]
+    assert {sample["cells"]["fault"] for sample in gated} == {"sender", "receiver", "link", "two"}
+    assert all(0.9 <= sample[key] <= 1 for sample in found["samples"] for key in ("recall", "precision"))
+
+
 def test_quality() -> None:
     found = report("quality", "--quick")
     rows = {sample["row"]: sample for sample in found["samples"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ from elastic.messages import (
 )
 from elastic.roster import Send
 from elastic.runstate import RunState
+from fault.records import Crossing, Gave
 
 # --- how the stories are told ---------------------------------------------------------------------------------------
 
@@ -1479,3 +1481,66 @@ def test_nothing_that_a_member_says_takes_the_coordinator_down(lies: list[tuple[
     again = Membership(RUN, RunPolicy(), TIMES)
     again.begin(records, world.now)
     assert again.tokens == membership.tokens
+
+
+# --- what is wrong with whom ------------------------------------------------------------------------------------------
+
+
+def measured(world: World, peers: dict[str, SimPeer], windows: int, **factors: float) -> None:
+    """Windows of telemetry. factors: of delays, by sender; of steps, by "steps_of_" and the peer."""
+    for _ in range(windows):
+        for receiver in peers:
+            crossings = tuple(
+                Crossing(peer=sender, bytes=1 << 20, seconds=0.1 * (1 + ord(sender) % 3) * factors.get(sender, 1.0))
+                for sender in peers
+                if sender != receiver
+            )
+            steps = 0.1 * factors.get("steps_of_" + receiver, 1.0)
+            tell(world, peers[receiver], Heartbeat, status=PeerStatus(), crossings=crossings, step_seconds=steps)
+        world.tick(1.0)
+
+
+def test_a_slow_sender_is_said_once_with_its_numbers_and_when_it_is_over() -> None:
+    world, peers = training("abcd")
+    measured(world, peers, 8)
+    assert not events(world, "anomaly.confirmed")
+    measured(world, peers, 6, b=3.0)
+    (event,) = events(world, "anomaly.confirmed")
+    assert (event["kind"], event["culprits"]) == ("slow sender", ("b",))
+    assert event["evidence"]["factor"] == pytest.approx(3.0) and event["confidence"] > 0.5
+    assert world.membership is not None
+    (report,) = world.membership.status(world.now).verdicts
+    assert report.kind == "slow sender" and 4 <= report.lasting_seconds <= 7
+    measured(world, peers, 4)
+    assert [event["culprits"] for event in events(world, "anomaly.cleared")] == [("b",)]
+    assert not world.membership.status(world.now).verdicts
+
+
+def test_a_straggler_is_named_and_forgotten_when_it_goes() -> None:
+    world, peers = training("abcd")
+    measured(world, peers, 8)
+    measured(world, peers, 5, steps_of_c=4.0)
+    assert [(e["kind"], e["culprits"]) for e in events(world, "anomaly.confirmed")] == [("slow peer", ("c",))]
+    world.die(peers["c"])
+    world.prove(peers["c"])
+    world.tick(1.0)
+    assert [event["culprits"] for event in events(world, "anomaly.cleared")] == [("c",)]
+
+
+def test_what_no_member_can_have_measured_is_not_believed() -> None:
+    world, peers = training("ab")
+    wild = (Crossing(peer="nobody", bytes=1 << 20, seconds=1.0), Crossing(peer="a", bytes=1 << 20, seconds=math.inf))
+    for value in (math.inf, math.nan, -1.0):
+        gave = (Gave(tag=OUTER, version=1, norm=value, cosine=value),)
+        status = {"status": PeerStatus(), "crossings": wild, "step_seconds": value, "gave": gave}
+        tell(world, peers["a"], Heartbeat, **status)
+        world.tick(3.0)
+    assert {event["culprits"] for event in events(world, "anomaly.confirmed")} == {("a",)}, "of its own numbers, yes"
+
+
+def test_reports_of_rounds_that_never_were_do_not_pile_up() -> None:
+    world, peers = training("ab")
+    gave = tuple(Gave(tag=f"t{i}", version=i, norm=1.0, cosine=0.5) for i in range(5000))
+    tell(world, peers["a"], Heartbeat, status=PeerStatus(), gave=gave)
+    assert world.membership is not None
+    assert len(world.membership.watching._detector._rounds) <= 256

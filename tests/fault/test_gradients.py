@@ -55,15 +55,35 @@ def test_what_is_no_number_is_told_at_once_however_few_there_are(n: int, norm: f
 
 
 @pytest.mark.parametrize("n", [3, 4, 9])
-@pytest.mark.parametrize("factor, why", [(30.0, "norm"), (1 / 30, "norm"), (-1.0, "direction")])
+@pytest.mark.parametrize("factor, why", [(30.0, "norm"), (1 / 300, "norm"), (-1.0, "direction")])
 def test_scaled_and_flipped_gradients_are_named_in_the_second_round(n: int, factor: float, why: str) -> None:
     gradients = Gradients()
-    for at in range(2):
+    for at in range(7):
         given = vectors(n, at)
-        given["p1"] = factor * given["p1"]
+        if at >= 5:
+            given["p1"] = factor * given["p1"]
         assert not gradients.bad
         gradients.round(measured(given), float(at))
-    assert {peer: (bad.why, since) for peer, (bad, since) in gradients.bad.items()} == {"p1": (why, 0.0)}
+    assert {peer: (bad.why, since) for peer, (bad, since) in gradients.bad.items()} == {"p1": (why, 5.0)}
+
+
+def test_who_comes_with_wrong_numbers_is_judged_by_those_who_have_been_there() -> None:
+    gradients = Gradients()
+    for at in range(7):
+        given = vectors(5, at) if at >= 5 else vectors(4, at)
+        if at >= 5:
+            given["p4"] = 50 * given["p4"]
+        gradients.round(measured(given), float(at))
+    assert set(gradients.bad) == {"p4"}
+
+
+def test_at_the_beginning_nobody_is_too_long() -> None:
+    """The founder trains at full speed, those who join it begin slowly."""
+    gradients = Gradients()
+    for at in range(20):
+        warm = Contribution(norm=0.01 * (1 + at), cosine=0.5)
+        gradients.round({"p0": Contribution(norm=1.0, cosine=0.5), "p1": warm, "p2": warm}, float(at))
+        assert not gradients.bad
 
 
 def test_of_two_nobody_knows_which_is_right() -> None:
@@ -71,11 +91,26 @@ def test_of_two_nobody_knows_which_is_right() -> None:
     assert bad_contributions(given) == ()
 
 
+def test_who_is_as_it_always_was_is_not_blamed_for_what_the_others_do() -> None:
+    """Two have joined, and their learning rates still grow: beside them the third is long."""
+    gradients = Gradients()
+    for at in range(5):
+        gradients.round({"p0": Contribution(norm=1.0, cosine=0.0)}, float(at))
+    for at in range(5, 20):
+        warm = Contribution(norm=0.01 * at, cosine=0.5)
+        gradients.round({"p0": Contribution(norm=1.1, cosine=0.5), "p1": warm, "p2": warm}, float(at))
+        assert not gradients.bad
+    for at in range(20, 22):
+        fine = Contribution(norm=1.0, cosine=0.5)
+        gradients.round({"p0": Contribution(norm=30.0, cosine=0.5), "p1": fine, "p2": fine}, float(at))
+    assert set(gradients.bad) == {"p0"}, "but if it is itself that has changed, it is"
+
+
 def test_a_round_that_is_good_again_clears_and_a_new_life_begins_afresh() -> None:
     gradients = Gradients()
     far = {"p1": Contribution(norm=50.0, cosine=0.5)}
-    for at in range(2):
-        gradients.round(some(5, at) | far, float(at))
+    for at in range(-5, 2):
+        gradients.round(some(5, at) | (far if at >= 0 else {}), float(at))
     assert set(gradients.bad) == {"p1"}
     gradients.forget("p1")
     gradients.round(some(5, 2) | far, 2.0)
