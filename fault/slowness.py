@@ -8,6 +8,7 @@ finds in several windows running is confirmed, and cleared when it has not been 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ Culprit = tuple[str, tuple[str, ...]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
     """windows: how many running confirm a suspicion, or clear it. history: how many of its past a cell is judged by;
-    needed: how many it must have. window_seconds: how long one lasts at least. least_bytes: what a measurement must
+    needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs longer, so that not
+    more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a measurement must
     have carried: of less, latency and chance are most of the delay.
     """
 
@@ -32,6 +34,7 @@ class Patience:
     history: int = 30
     needed: int = 5
     window_seconds: float = 1.0
+    pairs_per_second: int = 10_000
     least_bytes: int = 64 << 10
 
 
@@ -61,9 +64,10 @@ class Slowness:
 
     def look(self, at: float) -> None:
         """Closes the window, if it has lasted."""
-        if self._began is None or at - self._began < self.patience.window_seconds:
+        lasting = max(self.patience.window_seconds, len(self._now) / self.patience.pairs_per_second)
+        if self._began is None or at - self._began < lasting:
             return
-        logs = {pair: float(np.median(values)) for pair, values in self._now.items()}
+        logs = {pair: statistics.median(values) for pair, values in self._now.items()}
         found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
         self._persisting.window(found, self._began)
         before = {key: slow for key, (slow, _) in self.slow.items()}
@@ -80,7 +84,7 @@ class Slowness:
         for (sender, receiver), value in logs.items():
             past = self._past.get((sender, receiver), ())
             if len(past) >= self.patience.needed:
-                matrix[index[sender], index[receiver]] = value - float(np.median(past))
+                matrix[index[sender], index[receiver]] = value - statistics.median(past)
         return slow_parts(matrix, names)
 
     def _learn(self, logs: Mapping[Pair, float]) -> None:

@@ -170,6 +170,16 @@ def test_small_messages_and_short_windows_say_nothing() -> None:
     assert detector.windows == 1
 
 
+def test_windows_of_very_many_pairs_last_longer() -> None:
+    detector = Slowness(Patience(pairs_per_second=4))
+    for receiver in names(12):
+        detector.observe("a", receiver, 1 << 20, 1.0, 0.0)
+    detector.look(2.9)
+    assert detector.windows == 0
+    detector.look(3.0)
+    assert detector.windows == 1
+
+
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5))
 def test_hysteresis(found: list[bool], windows: int) -> None:
     """Confirmed by so many in a row, cleared by as many without; since the first of the streak."""
