@@ -97,7 +97,7 @@ class Membership:
             outer=self.outer,
             leasing=self._leasing,
             progress=lambda: self.progress,
-            evict=self._depart,
+            evict=self._end_proven,
         )
         self.watching = Watching(self._roster)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
@@ -167,7 +167,7 @@ class Membership:
         self.outer.judge_all(now)
         self.rounds.tick(now)
         self._leasing.tick(now)
-        self.watching.tick(now)
+        self.watching.tick(self.rounds.cuts, now)
         self._roster.returning = {name: until for name, until in self._roster.returning.items() if now <= until}
         return self._roster.take()
 
@@ -244,6 +244,8 @@ class Membership:
         self._roster.returning.pop(name, None)
         self.rounds.routes.forget(name)
         self.watching.forget(name)
+        if not release:
+            self.watching.ended(name, now)
         self._roster.record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
         self._roster.send_to(name, state.member.incarnation, self._roster.stamp(Expelled, reason=reason))
         self._roster.broadcast(self._roster.stamp(View, removed=(name,), reason=reason))
@@ -260,10 +262,16 @@ class Membership:
         for operation in operations:  # one of them may find that others are gone too: all must know of this one first
             self.rounds.consider(operation, now)
 
+    def _end_proven(self, name: str, evidence: str, now: float) -> None:
+        """There is proof that its process is gone."""
+        if name in self.members:
+            self.watching.crashed(name, now)
+            self._depart(name, evidence, now)
+
     def _gone(self, message: Gone, now: float) -> None:
         state = self.members.get(message.name)
         if state is not None and state.member.incarnation == message.ended:
-            self._depart(message.name, message.evidence, now)
+            self._end_proven(message.name, message.evidence, now)
 
     def _link_lost(self, name: str, failure: LinkFailure, now: float) -> None:
         """Rule 3: a refused reconnection is proof. Whatever else broke is for the next attempt to find out."""
@@ -271,8 +279,9 @@ class Membership:
         if state is None or state.member.incarnation != failure.incarnation:
             return
         self._roster.emit("link.lost", peer=name, other=failure.peer, evidence=failure.evidence, detail=failure.detail)
+        self.watching.failed(name, [failure], now)
         if failure.evidence == "refused":
-            self._depart(failure.peer, "its listener is gone: connection refused", now)
+            self._end_proven(failure.peer, "its listener is gone: connection refused", now)
 
     def _heard(self, name: str, now: float) -> None:
         state = self.members[name]
@@ -280,6 +289,7 @@ class Membership:
         if state.silent:
             state.silent = False
             self._roster.emit("peer.recovered", peer=name)
+            self.watching.back(name, now)
 
     def _watch(self, name: str, state: MemberState, now: float) -> None:
         silence = now - state.last_heard
@@ -289,6 +299,7 @@ class Membership:
             # rule 3: silence costs the round, not the membership
             state.silent = True
             self._roster.emit("peer.suspected", peer=name, silence_seconds=round(silence, 3))
+            self.watching.silent(name, silence, now)
 
     # --- messages of members ----------------------------------------------------------------------------------------
 
@@ -305,6 +316,7 @@ class Membership:
             case DoneReport():
                 self.rounds.done(name, message, now)
             case FailedReport():
+                self.watching.failed(name, message.lost, now)
                 self.rounds.failed(name, message, now)
             case Withdraw():
                 self.rounds.withdrawn(name, message, now)

@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 SENDER, RECEIVER, NODE, LINK = "slow sender", "slow receiver", "slow node", "slow link"
 AMBIGUOUS, STRAGGLER, GRADIENT = "slow, ambiguous", "slow peer", "bad gradient"
+CRASH, SILENT, CUT, CORRUPT = "crash", "silent", "cut", "corrupt frames"
+FLAPPING, DRIFTED = "flapping", "drifted state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """kind: the class. culprits: the peer; of a link, its sender and receiver; of what is ambiguous, the candidates: it
-    may be that sender, that receiver, or the link between them. since: seconds of the observer's clock. confidence:
-    from 0 to 1. evidence: the numbers behind it, by name.
+    may be that sender, that receiver, or the link between them. A "silent" peer is not heard of: frozen, or cut off
+    from the coordinator; "cut" are two peers that cannot reach one another. since: seconds of the observer's clock.
+    confidence: from 0 to 1. evidence: the numbers behind it, by name.
     """
 
     kind: str

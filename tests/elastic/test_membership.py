@@ -36,6 +36,7 @@ from elastic.messages import (
     Join,
     LeaseRequest,
     Leases,
+    LinkLost,
     LinkReport,
     Open,
     OperationSpec,
@@ -1544,3 +1545,74 @@ def test_reports_of_rounds_that_never_were_do_not_pile_up() -> None:
     tell(world, peers["a"], Heartbeat, status=PeerStatus(), gave=gave)
     assert world.membership is not None
     assert len(world.membership.watching._detector._rounds) <= 256
+
+
+def verdicts(world: World) -> set[tuple[str, tuple[str, ...]]]:
+    assert world.membership is not None
+    return {(each.kind, each.culprits) for each in world.membership.watching.verdicts}
+
+
+def test_a_death_that_is_proven_is_a_crash_at_once_and_three_of_them_are_flapping() -> None:
+    world, peers = training()
+    for life in range(3):
+        world.die(peers["b"])
+        world.prove(peers["b"])
+        assert ("crash", ("b",)) in verdicts(world), "not with the next tick: at once"
+        assert (("flapping", ("b",)) in verdicts(world)) == (life == 2)
+        peers["b"] = world.start("b")
+        talk(world)
+        wait(world, 10, *peers.values())
+    wait(world, 60, *peers.values())
+    assert not verdicts(world), "it is told for a minute"
+    assert len(events(world, "anomaly.confirmed")) == len(events(world, "anomaly.cleared")) == 2
+
+
+def test_who_says_good_bye_has_not_crashed() -> None:
+    world, peers = training()
+    world.act(peers["b"], "leave")
+    talk(world)
+    wait(world, 2, peers["a"], peers["c"])
+    assert "b" not in world.membership.members and not events(world, "anomaly.confirmed")  # type: ignore[union-attr]
+
+
+def test_silence_is_said_while_it_lasts() -> None:
+    world, peers = training()
+    wait(world, int(TIMES.chunk) + 1, peers["a"], peers["b"])
+    assert verdicts(world) == {("silent", ("c",))}
+    (report,) = world.membership.status(world.now).verdicts  # type: ignore[union-attr]
+    assert report.confidence == 0.5 and report.lasting_seconds >= TIMES.chunk
+    world.act(peers["c"], "beat")
+    world.deliver_up(peers["c"], 100)
+    assert not verdicts(world)
+
+
+def test_the_silent_who_are_given_up_are_no_longer_silent() -> None:
+    world, peers = training()
+    wait(world, int(TIMES.evict_after) + 2, peers["a"], peers["b"])
+    assert "c" not in world.membership.members and not verdicts(world)  # type: ignore[union-attr]
+
+
+def test_frames_that_one_could_not_read_are_the_links_fault_and_those_of_two_the_senders() -> None:
+    world, peers = training("abc")
+
+    def unreadable(receiver: str) -> None:
+        failure = LinkFailure(peer="a", incarnation=peers["a"].incarnation, evidence="corrupt")
+        tell(world, peers[receiver], LinkLost, failure=failure)
+
+    unreadable("b")
+    assert verdicts(world) == {("corrupt frames", ("a", "b"))}
+    unreadable("b")
+    assert ("corrupt frames", ("a",)) not in verdicts(world), "it is still one link"
+    unreadable("c")
+    assert ("corrupt frames", ("a",)) in verdicts(world)
+    former = LinkFailure(peer="a", incarnation=12345, evidence="corrupt")
+    before = verdicts(world)
+    tell(world, peers["c"], LinkLost, failure=former)
+    assert verdicts(world) == before
+
+
+def test_a_peer_that_holds_other_bits_has_drifted() -> None:
+    world, peers = training("abc")
+    tell(world, peers["b"], Applied, tag=OUTER, fragment=0, version=0, state_hash="drifted")
+    world.tick(1.0)
+    assert verdicts(world) == {("drifted state", ("b",))}
