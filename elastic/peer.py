@@ -100,6 +100,7 @@ if TYPE_CHECKING:
 
 KEPT_NOTES = 256
 SIGTERM_SECONDS = 25.0
+GOOD_BYE_SECONDS = 1.0  # for the coordinator to hear that this peer leaves
 OPS = ("sum", "mean", "min", "max")
 REPORTED: dict[str, Callable[[Any], Any]] = {
     "state": str,
@@ -304,6 +305,7 @@ class Peer:
         self._target: SetTarget | None = None
         self._drain_until: float | None = None
         self._sigterm: Any = None
+        self._leaving = False
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
         self.events = self._event_log(events_dir or env.get("ELASTIC_EVENTS_DIR"), self.name)
@@ -374,8 +376,15 @@ class Peer:
                 ))  # fmt: skip
         finally:
             if self._fatal is None:
-                self.send(Leave(run=self.run))
+                self._say_good_bye()
             self.close()
+
+    def _say_good_bye(self) -> None:
+        """The coordinator hears of it before the others find a closed port, which would be proof of a death."""
+        self._leaving = True
+        self.send(Leave(run=self.run))
+        with self._changed:
+            self._changed.wait_for(lambda: self._fatal is not None, GOOD_BYE_SECONDS)
 
     def drain(self, timeout: float = 30.0) -> None:
         """Asks the training loop to end: its data ends, and the outer loop makes one last exchange on its way out.
@@ -977,6 +986,8 @@ class Peer:
                 self.send(self._join_message(**self._memory() if message.recall else {}))
             case Recompute():
                 self._recompute(message)
+            case Expelled() if self._leaving:
+                self._fail(Evicted("this Peer is closed", peer=self.name))
             case Expelled():
                 self._fail(
                     Evicted(f"peer {self.name} was expelled: {message.reason}", peer=self.name, epoch=self._epoch)

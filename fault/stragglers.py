@@ -47,8 +47,7 @@ class Stragglers:
             for name, value in seconds.items()
             if value > 0 and len(self._past.get(name, ())) >= self._needed
         }
-        # of two, nobody knows whose slowness is the common one: each is judged alone
-        common = max(0.0, statistics.median(ratios.values())) if len(ratios) > 2 else 0.0
+        common = max(0.0, statistics.median_low(ratios.values())) if len(ratios) > 1 else 0.0
         found = {name: self._judged(name, seconds[name], ratio - common) for name, ratio in ratios.items()}
         hot = {name: each for name, each in found.items() if each.factor > FACTOR and each.deviations > DEVIATIONS}
         self._persisting.window(hot, at)

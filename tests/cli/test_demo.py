@@ -82,6 +82,16 @@ def test_all_states_are_equal_and_the_loss_fell(finished: tuple[Path, dict[str, 
     assert report["heldout_loss_last"] <= 0.75 * report["heldout_loss_first"]
 
 
+def test_the_kill_is_named_as_a_crash_and_no_other_peer_is_blamed(
+    finished: tuple[Path, dict[str, Any], str],
+) -> None:
+    out, report, _ = finished
+    events = [json.loads(line) for line in (out / "events" / "coordinator.jsonl").read_text().splitlines()]
+    told = [event for event in events if event["event"] == "anomaly.confirmed"]
+    victim = report["kills"][0]["peer"]
+    assert {(event["kind"], *event["culprits"]) for event in told} == {("crash", victim)}
+
+
 def test_tokens_were_counted_once(finished: tuple[Path, dict[str, Any], str]) -> None:
     """By three accounts: the commits' weights, the journal's cursors, and the steps that each peer says it made."""
     from elastic.config import RunPolicy, Timeouts

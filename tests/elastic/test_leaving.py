@@ -19,6 +19,7 @@ from harness import Run, until
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import ConfigurationError, NotEnoughPeers
 from elastic.events import EventReader
+from elastic.messages import Leave, Message
 from elastic.outer.diloco import DiLoCo
 from elastic.peer import Peer
 
@@ -263,3 +264,31 @@ def test_what_a_leaver_gave_in_a_round_of_its_own_is_not_lost_with_it(run: Run) 
     told = (run.folder / "coordinator.jsonl").read_text()
     assert '"run.rolled_back"' not in told and run.coordinator is not None
     assert run.coordinator.status().progress.tokens == 5
+
+
+def test_the_coordinator_hears_of_a_leave_before_the_others_find_a_closed_port(run: Run) -> None:
+    """However long the word is on its way: a closed port would be proof of a death."""
+    peers = run.several(3)
+    run.together(lambda peer: peer.all_reduce(torch.ones(4)))
+    send = peers[1]._control.send
+
+    def late(message: Message) -> None:
+        if isinstance(message, Leave):
+            threading.Timer(0.3, send, (message,)).start()
+        else:
+            send(message)
+
+    peers[1]._control.send = late  # type: ignore[method-assign]
+    peers[1].leave()
+    until(lambda: bool(events(run, "peer.left")))
+    run.together(lambda peer: peer.all_reduce(torch.ones(4)), [peers[0], peers[2]])
+    assert not events(run, "peer.evicted") and not events(run, "anomaly.confirmed")
+
+
+def test_leaving_does_not_wait_long_for_a_coordinator_that_is_gone(run: Run) -> None:
+    peer = run.join("p0")
+    assert run.coordinator is not None
+    run.coordinator.close()
+    began = time.monotonic()
+    peer.leave()
+    assert time.monotonic() - began < 10

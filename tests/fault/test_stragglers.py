@@ -51,6 +51,16 @@ def test_what_slows_everybody_is_nobodys_fault() -> None:
     assert set(stragglers.slow) == {"a"}, "but who is slower still is"
 
 
+def test_of_two_the_one_that_slows_down_alone_is_named_and_both_together_are_not() -> None:
+    for slow, named in (({"a": 3.0}, {"a"}), ({"a": 3.0, "b": 3.2}, set())):
+        stragglers, chance = Stragglers(), random.Random(1)
+        for at in range(20):
+            factors = slow if at >= 10 else {}
+            steps = {peer: 0.1 * factors.get(peer, 1.0) * chance.lognormvariate(0, 0.05) for peer in "ab"}
+            stragglers.window(steps, float(at))
+        assert stragglers.slow.keys() == named
+
+
 def test_a_new_peer_is_not_judged_and_one_that_comes_again_is_measured_anew() -> None:
     stragglers = Stragglers()
     feed(stragglers, 10)
