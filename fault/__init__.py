@@ -1,6 +1,6 @@
-"""What went wrong and whose it is; for now, faults that tests and the demo inject on purpose.
+"""What went wrong and whose it is: records in, verdicts out (`detector`); and faults on purpose, for tests (`inject`).
 
-It decides nothing: records in, verdicts out; and injected faults are counted, so that a test can tell that they fired.
+It decides nothing. Injected faults are counted, so that a test can tell that they fired.
 """
 
 from __future__ import annotations
