@@ -25,7 +25,8 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.common import Report
-from fault.slowness import Culprit, Patience, Slowness
+from fault.persisting import Patience
+from fault.slowness import Culprit, Slowness
 
 KINDS = ("sender", "receiver", "link", "two")
 HEALTHY, FAULTY = 12, 12  # windows of a trial before and after the fault

@@ -22,17 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .robust import DEVIATIONS, FACTOR, deviation
+
 Matrix = NDArray[np.float64]
 
-FACTOR = 1.5
-"""A link this many times as slow as usual is slow; a row or a column, four fifths of that in logarithms."""
-DEVIATIONS = 4.0
 ENOUGH = 2
 """Cells that a row and a column need, for sender, receiver and link to be told apart."""
 _SWEEPS = 5
-_PART = 0.8
-_LEAST_NOISE = 0.02  # in logarithms: what is steadier than that is no ground for suspicion
-_NORMAL_MAD = 1.4826
+_PART = 0.8  # of FACTOR, in logarithms: what a whole row or column must be slow by
 _MEDIAN_ERROR = 1.25  # the standard error of a median, over that of a mean
 
 
@@ -58,9 +55,7 @@ class Polished:
     @property
     def noise(self) -> float:
         """A robust standard deviation of the rest."""
-        rest = self.rest[np.isfinite(self.rest)]
-        spread = _NORMAL_MAD * float(np.median(np.abs(rest - np.median(rest)))) if rest.size else 0.0
-        return max(spread, _LEAST_NOISE)
+        return deviation(self.rest[np.isfinite(self.rest)])
 
 
 def polish(logs: Matrix) -> Polished:
@@ -102,7 +97,7 @@ def slow_parts(logs: Matrix, names: Sequence[str]) -> tuple[Slow, ...]:
     seen = np.isfinite(logs)
     told_apart = (seen.sum(axis=1, keepdims=True) >= ENOUGH) & (seen.sum(axis=0, keepdims=True) >= ENOUGH) & seen
     if not told_apart.any():
-        return _ambiguous(np.where(seen, logs, np.nan), names)
+        return _ambiguous(logs, names)
     polished = polish(np.where(told_apart, logs, np.nan))
     noise = polished.noise
     senders = _hot(polished.rows, told_apart.sum(axis=1), noise)
@@ -141,7 +136,7 @@ def _ambiguous(logs: Matrix, names: Sequence[str], level: float | None = None, n
     if not seen.size:
         return ()
     level = float(np.median(seen)) if level is None else level
-    noise = noise or max(_NORMAL_MAD * float(np.median(np.abs(seen - level))), _LEAST_NOISE)
+    noise = noise or deviation(seen)
     hot = np.nan_to_num(logs - level) > max(float(np.log(FACTOR)), DEVIATIONS * noise)
     cells = zip(*np.nonzero(hot), strict=True)
     return tuple(_slow("ambiguous", (names[s], names[d]), float(logs[s, d]) - level, noise) for s, d in cells)

@@ -11,10 +11,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .delays import DEVIATIONS, Slow
+from .delays import Slow
 from .gradients import Bad, Contribution, Gradients
+from .persisting import Patience
 from .records import Crossing, Gave
-from .slowness import Patience, Slowness
+from .robust import DEVIATIONS
+from .slowness import Slowness
 from .stragglers import Straggler, Stragglers
 from .verdicts import AMBIGUOUS, GRADIENT, LINK, NODE, RECEIVER, SENDER, STRAGGLER, Verdict, confidence
 
@@ -29,7 +31,7 @@ class Detector:
         self._patience = patience or Patience()
         self._settle = settle_seconds
         self._slowness = Slowness(self._patience)
-        self._stragglers = Stragglers(windows=self._patience.windows)
+        self._stragglers = Stragglers(self._patience)
         self._gradients: dict[str, Gradients] = defaultdict(Gradients)
         self._steps: dict[str, list[float]] = defaultdict(list)
         self._steps_began: float | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .persisting import Persisting
+from .robust import deviation
 
 LONG, SHORT = 4.0, 100.0
 """Times as long, or as short, as the median of the others. Who has few steps behind it, or a learning rate that still
@@ -29,7 +30,6 @@ three, the two good ones have a bad one in the mean of their others: their cosin
 ENOUGH = 3
 """Fewer cannot outvote one."""
 _LEAST_NOISE = 0.1
-_NORMAL_MAD = 1.4826
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +96,8 @@ def _off_length(
         return None
     logs = [_log(other.norm) for other in others.values()]
     middle = statistics.median(logs)
-    noise = max(_LEAST_NOISE, _NORMAL_MAD * statistics.median(abs(each - middle) for each in logs))
     off = _log(mine.norm) - middle
-    if (off > math.log(LONG) or off < -math.log(SHORT)) and abs(off) > DEVIATIONS * noise:
+    if (off > math.log(LONG) or off < -math.log(SHORT)) and abs(off) > DEVIATIONS * deviation(logs, _LEAST_NOISE):
         return Bad(peer=peer, why="norm", value=mine.norm, others=math.exp(middle))
     return None
 
@@ -114,7 +113,7 @@ class Gradients:
     """Rounds in, what is confirmed out. bad: by peer, with since when; numbers that are none at once."""
 
     def __init__(self, *, rounds: int = 2) -> None:
-        self._persisting: Persisting[tuple[str, str]] = Persisting(rounds)
+        self._persisting: Persisting[tuple[str, str], Bad] = Persisting(rounds)
         self.bad: dict[str, tuple[Bad, float]] = {}
         self._past: dict[str, deque[float]] = {}
 
@@ -122,11 +121,7 @@ class Gradients:
         """The contributions to one committed round, and what was refused because it is no number."""
         found = {(bad.peer, bad.why): bad for bad in bad_contributions(given, self._usual)}
         self._persisting.window(found, at)
-        before = self.bad
-        self.bad = {
-            peer: (found.get((peer, why)) or before[peer][0], since)
-            for (peer, why), since in self._persisting.confirmed.items()
-        }
+        self.bad = {peer: each for (peer, _), each in self._persisting.confirmed.items()}
         self.bad |= {peer: (bad, at) for (peer, why), bad in found.items() if why == "not finite"}
 
         suspects = self.bad.keys() | {peer for peer, _ in found}
@@ -142,4 +137,4 @@ class Gradients:
         """It has gone; a later life is another."""
         self.bad.pop(name, None)
         self._past.pop(name, None)
-        self._persisting.forget([key for key in self._persisting.suspected if key[0] == name])
+        self._persisting.forget(lambda key: key[0] == name)

@@ -2,43 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
-class Persisting(Generic[Key]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """windows: how many running confirm a suspicion, or clear it. history: how many of its past a pair, or a peer, is
+    judged by; needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs longer, so
+    that not more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a measurement must
+    have carried: of less, latency and chance are most of the delay.
+    """
+
+    windows: int = 3
+    history: int = 30
+    needed: int = 5
+    window_seconds: float = 1.0
+    pairs_per_second: int = 10_000
+    least_bytes: int = 64 << 10
+
+
+class Persisting(Generic[Key, Value]):
     """Found in `windows` looks running: confirmed; missing in as many: cleared.
 
-    confirmed: by key, when it was first found, in that streak.
+    confirmed: by key, what was found last, and when it was first found, in that streak.
     """
 
     def __init__(self, windows: int) -> None:
         self._windows = windows
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
-        self.confirmed: dict[Key, float] = {}
+        self.confirmed: dict[Key, tuple[Value, float]] = {}
 
-    def window(self, found: Iterable[Key], at: float) -> None:
+    def window(self, found: Mapping[Key, Value], at: float) -> None:
         """One more look. at: when what was looked at began."""
-        keys, before = set(found), self._streaks
-        self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in keys}
+        before = self._streaks
+        self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
         for key, (count, since) in self._streaks.items():
-            if count >= self._windows:
-                self.confirmed.setdefault(key, since)
-        self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - keys}
+            if key in self.confirmed or count >= self._windows:
+                self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
+        self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - found.keys()}
         for key, count in self._missing.items():
             if count >= self._windows:
                 del self.confirmed[key]
 
     @property
-    def suspected(self) -> set[Key]:
-        """Found in the last look, confirmed or not."""
-        return set(self._streaks)
+    def suspects(self) -> set[Key]:
+        """Found in the last look, or confirmed."""
+        return {*self._streaks, *self.confirmed}
 
-    def forget(self, keys: Iterable[Key]) -> None:
-        for key in keys:
+    def forget(self, gone: Callable[[Key], bool]) -> None:
+        """Nothing is known of these any more."""
+        for key in filter(gone, self.suspects):
             self._streaks.pop(key, None)
-            self.confirmed.pop(key, None)
             self._missing.pop(key, None)
+            self.confirmed.pop(key, None)

@@ -16,45 +16,30 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .delays import Slow, slow_parts
-from .persisting import Persisting
+from .persisting import Patience, Persisting
 
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """windows: how many running confirm a suspicion, or clear it. history: how many of its past a cell is judged by;
-    needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs longer, so that not
-    more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a measurement must
-    have carried: of less, latency and chance are most of the delay.
-    """
-
-    windows: int = 3
-    history: int = 30
-    needed: int = 5
-    window_seconds: float = 1.0
-    pairs_per_second: int = 10_000
-    least_bytes: int = 64 << 10
-
-
 @dataclass(slots=True)
 class Slowness:
-    """Pure: time comes with what is observed.
-
-    slow: what is confirmed, with its newest numbers and since when.
-    """
+    """Pure: time comes with what is observed."""
 
     patience: Patience = field(default_factory=Patience)
-    slow: dict[Culprit, tuple[Slow, float]] = field(default_factory=dict)
     windows: int = 0
     _now: dict[Pair, list[float]] = field(default_factory=lambda: defaultdict(list))
     _past: dict[Pair, deque[float]] = field(default_factory=dict)
     _began: float | None = None
-    _persisting: Persisting[Culprit] = field(init=False)
+    _persisting: Persisting[Culprit, Slow] = field(init=False)
 
     def __post_init__(self) -> None:
         self._persisting = Persisting(self.patience.windows)
+
+    @property
+    def slow(self) -> Mapping[Culprit, tuple[Slow, float]]:
+        """What is confirmed, with its newest numbers and since when."""
+        return self._persisting.confirmed
 
     def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
         """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
@@ -68,10 +53,7 @@ class Slowness:
         if self._began is None or at - self._began < lasting:
             return
         logs = {pair: statistics.median(values) for pair, values in self._now.items()}
-        found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
-        self._persisting.window(found, self._began)
-        before = {key: slow for key, (slow, _) in self.slow.items()}
-        self.slow = {key: (found.get(key) or before[key], since) for key, since in self._persisting.confirmed.items()}
+        self._persisting.window({(slow.kind, slow.culprits): slow for slow in self._judge(logs)}, self._began)
         self._learn(logs)
         self.windows += 1
         self._now.clear()
@@ -89,8 +71,8 @@ class Slowness:
 
     def _learn(self, logs: Mapping[Pair, float]) -> None:
         """What is suspected of being slow is not what is usual."""
-        suspects = self._persisting.suspected | self._persisting.confirmed.keys()
-        peers = {culprits[0] for kind, culprits in suspects if len(culprits) == 1}
+        suspects = self._persisting.suspects
+        peers = {culprits[0] for _, culprits in suspects if len(culprits) == 1}
         links = {culprits for _, culprits in suspects if len(culprits) == 2}
         for pair, value in logs.items():
             if pair not in links and peers.isdisjoint(pair):
@@ -101,7 +83,4 @@ class Slowness:
         for pair in [pair for pair in (*self._past, *self._now) if name in pair]:
             self._past.pop(pair, None)
             self._now.pop(pair, None)
-        gone = [key for key in (*self.slow, *self._persisting.suspected) if name in key[1]]
-        self._persisting.forget(gone)
-        for key in gone:
-            self.slow.pop(key, None)
+        self._persisting.forget(lambda key: name in key[1])

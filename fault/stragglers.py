@@ -12,12 +12,8 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .persisting import Persisting
-
-FACTOR = 1.5
-DEVIATIONS = 4.0
-_LEAST_NOISE = 0.02
-_NORMAL_MAD = 1.4826
+from .persisting import Patience, Persisting
+from .robust import DEVIATIONS, FACTOR, deviation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,40 +28,41 @@ class Straggler:
 
 
 class Stragglers:
-    """slow: what is confirmed, by peer, with since when."""
+    """Pure: time comes with what is observed."""
 
-    def __init__(self, *, windows: int = 3, history: int = 30, needed: int = 5) -> None:
-        self._history, self._needed = history, needed
+    def __init__(self, patience: Patience | None = None) -> None:
+        self._patience = patience or Patience()
         self._past: dict[str, deque[float]] = {}
-        self._persisting: Persisting[str] = Persisting(windows)
-        self.slow: dict[str, tuple[Straggler, float]] = {}
+        self._persisting: Persisting[str, Straggler] = Persisting(self._patience.windows)
+
+    @property
+    def slow(self) -> Mapping[str, tuple[Straggler, float]]:
+        """What is confirmed, by peer, with since when."""
+        return self._persisting.confirmed
 
     def window(self, seconds: Mapping[str, float], at: float) -> None:
         """Medians of step durations of this window, of all peers that made any. at: when it began."""
         ratios = {
             name: math.log(value) - statistics.median(self._past[name])
             for name, value in seconds.items()
-            if value > 0 and len(self._past.get(name, ())) >= self._needed
+            if value > 0 and len(self._past.get(name, ())) >= self._patience.needed
         }
         common = max(0.0, statistics.median_low(ratios.values())) if len(ratios) > 1 else 0.0
         found = {name: self._judged(name, seconds[name], ratio - common) for name, ratio in ratios.items()}
         hot = {name: each for name, each in found.items() if each.factor > FACTOR and each.deviations > DEVIATIONS}
         self._persisting.window(hot, at)
-        before = {name: straggler for name, (straggler, _) in self.slow.items()}
-        self.slow = {name: (hot.get(name) or before[name], t) for name, t in self._persisting.confirmed.items()}
+        suspects = self._persisting.suspects
         for name, value in seconds.items():
-            if value > 0 and name not in self._persisting.suspected and name not in self.slow:
-                self._past.setdefault(name, deque(maxlen=self._history)).append(math.log(value) - common)
+            if value > 0 and name not in suspects:
+                self._past.setdefault(name, deque(maxlen=self._patience.history)).append(math.log(value) - common)
 
     def _judged(self, name: str, seconds: float, ratio: float) -> Straggler:
         past = self._past[name]
         usual = statistics.median(past)
-        noise = max(_LEAST_NOISE, _NORMAL_MAD * statistics.median(abs(value - usual) for value in past))
-        factor, usual_seconds = math.exp(ratio), math.exp(usual)
-        return Straggler(peer=name, factor=factor, seconds=seconds, usual=usual_seconds, deviations=ratio / noise)
+        factor, off = math.exp(ratio), ratio / deviation(past)
+        return Straggler(peer=name, factor=factor, seconds=seconds, usual=math.exp(usual), deviations=off)
 
     def forget(self, name: str) -> None:
         """This peer has gone: its next life is measured anew."""
         self._past.pop(name, None)
-        self.slow.pop(name, None)
-        self._persisting.forget([name])
+        self._persisting.forget(lambda key: key == name)

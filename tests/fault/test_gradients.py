@@ -128,3 +128,14 @@ def test_a_thousand_clean_rounds_raise_nothing(n: int) -> None:
     for at in range(1000):
         gradients.round({f"p{i}": fine(chance) for i in range(n)}, float(at))
         assert not gradients.bad
+
+
+def test_a_peer_that_goes_while_it_is_confirmed_and_good_again_leaves_nothing_behind() -> None:
+    gradients, fine = Gradients(), Contribution(norm=1.0, cosine=0.5)
+    good = dict.fromkeys(["a", "b", "c", "d"], fine)
+    for at in range(8):
+        gradients.round(good | ({"a": Contribution(norm=50.0, cosine=0.5)} if at in (5, 6) else {}), float(at))
+    assert set(gradients.bad) == {"a"}
+    gradients.forget("a")
+    gradients.round(good, 8.0)
+    assert not gradients.bad

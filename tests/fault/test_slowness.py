@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fault.delays import Matrix, Slow, slow_parts
-from fault.persisting import Persisting
-from fault.slowness import Patience, Slowness
+from fault.persisting import Patience, Persisting
+from fault.slowness import Slowness
 
 KINDS = ["sender", "receiver", "link"]
 
@@ -183,13 +183,13 @@ def test_windows_of_very_many_pairs_last_longer() -> None:
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 5))
 def test_hysteresis(found: list[bool], windows: int) -> None:
     """Confirmed by so many in a row, cleared by as many without; since the first of the streak."""
-    persisting: Persisting[str] = Persisting(windows)
+    persisting: Persisting[str, int] = Persisting(windows)
     confirmed, hits, misses = False, 0, 0
     for at, hit in enumerate(found):
-        persisting.window({"x"} if hit else set(), float(at))
+        persisting.window({"x": at} if hit else {}, float(at))
         hits, misses = (hits + 1, 0) if hit else (0, misses + 1)
         if hits >= windows and not confirmed:
             confirmed = True
-            assert persisting.confirmed["x"] == at - windows + 1
+            assert persisting.confirmed["x"] == (at, at - windows + 1)
         confirmed = confirmed and misses < windows
         assert ("x" in persisting.confirmed) == confirmed
