@@ -316,12 +316,19 @@ def test_peers_of_unequal_speed_and_a_joiner_end_with_the_same_state(
 
 
 def test_a_peer_that_dies_with_a_contribution_on_its_way_costs_the_others_nothing_else(run: Run) -> None:
-    run.timeouts = Timeouts(heartbeat=0.1, chunk=0.5, operation=30, round=60, grace=0.5, evict_after=30)
+    run.timeouts = Timeouts(heartbeat=0.1, chunk=0.5, operation=30, round=60, grace=20, evict_after=30)
     run.policy = RunPolicy(rounds=30, min_peers=2)
     peers = run.several(3)
     stop = threading.Event()
     struck: list[int] = []
     execute = peers[2].group.run
+    entered = threading.Barrier(3)
+
+    class Together(elastic.StreamingDiLoCo):
+        def __enter__(self) -> Together:
+            super().__enter__()
+            entered.wait(60)  # nobody makes a step before all are there, or the run could be over by then
+            return self
 
     def dying(start: Any, source: Any, result: Any) -> Any:
         if start.round >= 5 and source is not None and not struck:
@@ -333,11 +340,11 @@ def test_a_peer_that_dies_with_a_contribution_on_its_way_costs_the_others_nothin
 
     def dies() -> None:
         with pytest.raises(elastic.ElasticError):
-            paced(peers[2], elastic.StreamingDiLoCo, stop, 0.005, **STREAM)
+            paced(peers[2], Together, stop, 0.005, **STREAM)
 
     loops = together(
-        lambda: paced(peers[0], elastic.StreamingDiLoCo, stop, 0.005, **STREAM),
-        lambda: paced(peers[1], elastic.StreamingDiLoCo, stop, 0.005, **STREAM),
+        lambda: paced(peers[0], Together, stop, 0.005, **STREAM),
+        lambda: paced(peers[1], Together, stop, 0.005, **STREAM),
         dies,
     )[:2]
     assert struck, "the fault did not fire"
