@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from elastic.config import TARGETS, RunPolicy
+from elastic.config import ACTIONS, FAULT_CLASSES, TARGETS, FaultPolicy, RunPolicy
 from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError
 
@@ -51,6 +51,20 @@ ASK_SECONDS = 15.0  # how long a recovery waits for a majority before it asks
 @click.option("--tokens", type=click.IntRange(0), default=0, help="... so many tokens.")
 @click.option("--seconds", type=click.FloatRange(0), default=0.0, help="... this time.")
 @click.option("--loss", type=click.FloatRange(0), default=0.0, help="... at this held-out loss.")
+@click.option(
+    "--on-fault",
+    multiple=True,
+    metavar="CLASS=ACTION",
+    help="What may follow from a verdict at the most; can be given again. CLASS: "
+    f"{', '.join(FAULT_CLASSES)}. ACTION: {', '.join(ACTIONS)}.",
+)
+@click.option(
+    "--quarantine",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds of a peer's first quarantine; each further one is twice as long.",
+)
 @click.option("--recover", is_flag=True, help="Journal and host are lost: rebuild the run from what its peers know.")
 @click.option("--accept-minority", is_flag=True, help="With --recover: do not ask if a majority does not come in 15 s.")
 def command(**options: Any) -> None:
@@ -99,7 +113,12 @@ def _open(options: dict[str, Any]) -> Coordinator:
         return Coordinator(
             f"tcp://{options['bind']}",
             run=options["run"],
-            policy=RunPolicy(min_peers=options["min_peers"], quorum=options["quorum"], **targets),
+            policy=RunPolicy(
+                min_peers=options["min_peers"],
+                quorum=options["quorum"],
+                faults=_faults(options["on_fault"], options["quarantine"]),
+                **targets,
+            ),
             journal=journal,
             events=options["events"],
             recover=options["recover"],
@@ -107,6 +126,17 @@ def _open(options: dict[str, Any]) -> Coordinator:
     except ConfigurationError as error:
         _refuse(_code(str(error)), str(error))
         raise  # never reached; for the type checker
+
+
+def _faults(chosen: tuple[str, ...], seconds: float) -> FaultPolicy:
+    """Raises ConfigurationError."""
+    actions: dict[str, Any] = {}
+    for each in chosen:
+        name, _, action = each.partition("=")
+        if name not in FAULT_CLASSES:
+            raise ConfigurationError(f"--on-fault {each!r}: there is no class {name!r}; use {', '.join(FAULT_CLASSES)}")
+        actions[name] = action.replace("-", " ")
+    return FaultPolicy(quarantine_seconds=seconds, **actions)
 
 
 def _code(message: str) -> int:

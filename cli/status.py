@@ -23,7 +23,7 @@ from . import exits
 from .view import STATE_STYLES, clean, human_bytes, joined, loss_text
 
 if TYPE_CHECKING:
-    from elastic.messages import AuditReport, MemberReport, StatusReport, VerdictReport
+    from elastic.messages import AuditReport, BarredReport, MemberReport, StatusReport, VerdictReport
 
 
 @click.command(epilog="Example: elastic status tcp://host:29400 --name c4-1b --shards")
@@ -150,6 +150,7 @@ def _head(report: StatusReport) -> Iterable[Text | Table]:
     yield Text(f"rounds {rounds}  tokens {tokens}  seconds {trained}{goal}")
     yield Text(f"last contributors: {joined(report.contributors)}")
     yield from (_verdict(verdict) for verdict in report.verdicts)
+    yield from (_barred(barred) for barred in report.barred)
     yield _members(report.members)
 
 
@@ -158,6 +159,12 @@ def _verdict(verdict: VerdictReport) -> Text:
     where = " -> ".join(map(clean, verdict.culprits))
     lasting = f"for {verdict.lasting_seconds:.0f} s, confidence {verdict.confidence:.2f}"
     return Text(f"{clean(verdict.kind)}: {where}  {lasting} ({numbers})", style="yellow")
+
+
+def _barred(barred: BarredReport) -> Text:
+    until = "for good" if barred.seconds < 0 else f"for {barred.seconds:.0f} s yet"
+    times = f"time {barred.strikes}" if barred.strikes > 1 else "the first time"
+    return Text(f"in quarantine: {clean(barred.name)}  {until}, {times} ({clean(barred.reason)})", style="red")
 
 
 def _of(done: float, target: float) -> str:

@@ -37,6 +37,8 @@ STATE_STYLES = {
     "fetching": "yellow",
     "starting": "yellow",
     "suspect": "magenta",
+    "left out": "magenta",
+    "probation": "yellow",
     "leaving": "dim",
     "finished": "bold green",
     "killed": "bold red",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collectives import LinkOptions
 
     from .checkpoints import Checkpoints
-    from .config import JoinToken, RunPolicy, Timeouts
+    from .config import FaultPolicy, JoinToken, RunPolicy, Timeouts
     from .coordinator import Coordinator
     from .errors import (
         AuthenticationFailed,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         NoSource,
         NotEnoughPeers,
         ParityError,
+        Quarantined,
         RoundAborted,
         StateError,
         TransferInterrupted,
@@ -57,7 +58,7 @@ if not _below.__file__ or _Path(_below.__file__).parents[1] != _Path(__file__).p
     )
 
 _HOMES = {
-    **dict.fromkeys(("JoinToken", "RunPolicy", "Timeouts"), "config"),
+    **dict.fromkeys(("FaultPolicy", "JoinToken", "RunPolicy", "Timeouts"), "config"),
     "Checkpoints": "checkpoints",
     "Coordinator": "coordinator",
     **dict.fromkeys(
@@ -73,6 +74,7 @@ _HOMES = {
             "NoSource",
             "NotEnoughPeers",
             "ParityError",
+            "Quarantined",
             "RoundAborted",
             "StateError",
             "TransferInterrupted",
@@ -114,6 +116,7 @@ __all__ = [
     "Equal",
     "ErrorFeedback",
     "Evicted",
+    "FaultPolicy",
     "FedBuff",
     "FedFix",
     "Final",
@@ -131,6 +134,7 @@ __all__ = [
     "ParityError",
     "Peer",
     "PeerView",
+    "Quarantined",
     "Ramp",
     "Reduced",
     "RoundAborted",

@@ -156,6 +156,69 @@ def _check_order(timeouts: Timeouts, low: str, high: str) -> None:
         )
 
 
+ACTIONS = ("observe", "avoid", "leave out", "quarantine", "evict")
+"""What may follow from a verdict, from the mildest on."""
+_MOST = {"slow": "leave out", "straggler": "leave out", "hang": "leave out"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultPolicy:
+    """What follows from a verdict of the detector: for each class, the furthest that may.
+
+    observe: it is told, nothing else. avoid: links are planned as slow as they were found, and where only a ring was
+    seen, other links are used until it is clear whose fault it is. leave out: rounds do not wait for the peer; of a bad
+    gradient, nothing is taken of it. quarantine: it leaves the view, its shards go to others, and its name is refused
+    for `quarantine_seconds`, twice as long with every time (`longest_seconds` at most); it comes back after a
+    self-test, and is trusted again after as long without a verdict. Quarantine `strikes` + 1 does not end: evict.
+
+    slow: of senders, receivers and links. straggler: slow steps. hang: in and outside communication; slow or stuck
+    alone condemns nobody, so these go no further than "leave out": a life that hangs for `Timeouts.evict_after` ends,
+    and its next one is welcome. gradient, corrupt (frames that two others could not read), drifted (three times within
+    a minute), flapping: by peer.
+
+    Nobody is set aside or removed if fewer than `RunPolicy.min_peers` would be left, nor more than `most_out` of all.
+    After a removal, none follows for `calm_seconds`: what remains of the same fault must have cleared by then.
+    confidence: below it, verdicts are only observed.
+    """
+
+    slow: str = "avoid"
+    straggler: str = "leave out"
+    hang: str = "leave out"
+    gradient: str = "quarantine"
+    corrupt: str = "quarantine"
+    drifted: str = "quarantine"
+    flapping: str = "quarantine"
+    confidence: float = 0.5
+    quarantine_seconds: float = 30.0
+    longest_seconds: float = 3600.0
+    strikes: int = 5
+    calm_seconds: float = 10.0
+    most_out: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in FAULT_CLASSES:
+            _check_action(name, getattr(self, name))
+        for name in ("quarantine_seconds", "longest_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be above 0")
+        for name in ("confidence", "most_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}: it must be from 0 to 1")
+        if self.strikes < 0 or not self.calm_seconds >= 0:
+            raise ConfigurationError("strikes and calm_seconds must be 0 or more")
+
+
+FAULT_CLASSES = ("slow", "straggler", "hang", "gradient", "corrupt", "drifted", "flapping")
+
+
+def _check_action(name: str, action: str) -> None:
+    if action not in ACTIONS:
+        raise ConfigurationError(f"{name} is {action!r}: it must be one of {', '.join(ACTIONS)}")
+    most = _MOST.get(name, "evict")
+    if ACTIONS.index(action) > ACTIONS.index(most):
+        raise ConfigurationError(f"{name} is {action!r}: being slow or stuck alone condemns nobody; at most {most!r}")
+
+
 TARGETS = ("rounds", "tokens", "seconds", "loss")
 
 
@@ -170,6 +233,7 @@ class RunPolicy:
     rounds, tokens: the run is over once this many outer rounds or tokens are committed; 0 means no such target.
     seconds: or this time after the first outer loop began, while a coordinator served it; 0 means no such target.
     loss: or a peer reports a held-out loss of this or less (`peer.report(held_out_loss=...)`); 0 means no such target.
+    faults: what follows from what the detector finds.
     """
 
     min_peers: int = 1
@@ -179,6 +243,7 @@ class RunPolicy:
     tokens: int = 0
     seconds: float = 0.0
     loss: float = 0.0
+    faults: FaultPolicy = FaultPolicy()
 
     def __post_init__(self) -> None:
         if self.min_peers < 1:

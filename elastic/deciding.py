@@ -11,7 +11,7 @@ asks the outer loops about the state that a proposal was measured from, and the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,8 @@ class Rounds:
     """All operations under way, by tag, and the last commits of each tag.
 
     progress: how far the run is. evict: ends the membership of a name, for a reason, at a time.
-    cuts: pairs of members that cannot talk, and until when that is believed.
+    cuts: pairs of members that cannot talk, and until when that is believed. left_out: members that no round waits for.
+    spurned: whose contributions are not taken.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Rounds:
         self.operations: dict[str, Operation] = {}
         self.commits: dict[str, deque[Commit]] = {}
         self.cuts: dict[Pair, float] = {}
+        self.left_out: Collection[str] = ()
+        self.spurned: Collection[str] = ()
         self.routes = Routes()
         self._told: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._link_breaks: dict[Pair, int] = {}
@@ -229,6 +232,10 @@ class Rounds:
             self._consider_retry(operation, now)
 
     def _expected(self, operation: Operation, now: float) -> set[str]:
+        awaited = self._awaited(operation, now)
+        return awaited.difference(self.left_out) if operation.outer else awaited
+
+    def _awaited(self, operation: Operation, now: float) -> set[str]:
         awake = self._roster.awake()
         if not operation.outer:
             return (awake - self._absent.get(operation.tag, set())) | (awake & {operation.spec.root})
@@ -240,7 +247,8 @@ class Rounds:
 
     def _consider_start(self, operation: Operation, now: float) -> None:
         expected = self._expected(operation, now)
-        present = {name for name in operation.proposals if not self._roster.members[name].silent}
+        here = {name for name in operation.proposals if not self._roster.members[name].silent}
+        present = here.difference(self.spurned) if operation.outer else here
         disputed = operation.outer and self._outer.disputed(operation.tag, operation.fragment)
         if self._too_few(operation, present) or disputed:
             operation.opened_at = None
@@ -256,7 +264,7 @@ class Rounds:
         if not missing or grace_over:
             self._absent.setdefault(operation.tag, set()).update(missing)
             self._waited_for(operation, missing | present)
-            self._begin_attempt(operation, present, now)
+            self._begin_attempt(operation, here, now)
 
     def _too_few(self, operation: Operation, present: set[str]) -> bool:
         """Whether fewer peers are here than the run needs. Who has no data left, and follows, is one (rule 11)."""
@@ -282,7 +290,8 @@ class Rounds:
     def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
         """Starts the next attempt with these peers' proposals; a round without any weight is skipped (rule 6)."""
         weights = {name: operation.proposals[name].weight for name in sorted(names)}
-        giving = tuple(n for n, w in weights.items() if w > 0 and not operation.proposals[n].receiver)
+        willing = [n for n, w in weights.items() if w > 0 and not operation.proposals[n].receiver]
+        giving = tuple(name for name in willing if name not in self.spurned or not operation.outer)
         if not giving:
             self._decide(operation, digest="", contributors=(), now=now)
             return

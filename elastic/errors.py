@@ -5,6 +5,7 @@
       MembershipError
         NotEnoughPeers                   fewer peers than the run needs, for longer than it was told to wait
         Evicted                          the run goes on without this life of the peer; start a new one
+          Quarantined                    ... after `retry_after` seconds
         CoordinatorUnavailable           no answer from the coordinator; it may come back, then retry
         VersionMismatch                  the two sides speak different protocol versions
         AuthenticationFailed             the key or token was refused
@@ -64,6 +65,29 @@ class NotEnoughPeers(MembershipError):
 
 class Evicted(MembershipError):
     """This life of the peer is no longer a member; another may have taken its name. Start a new Peer."""
+
+
+class Quarantined(Evicted):
+    """The detector found something wrong with this peer: its name is barred. Its shards have gone to others.
+
+    retry_after: seconds after which a new Peer of this name may come, and is taken in after a self-test; infinite if
+    it never is: then find the fault, and come under another name.
+    """
+
+    retryable = True
+
+    def __init__(
+        self, message: str, *, peer: str = "", round: int = -1, epoch: int = -1, retry_after: float = 0.0
+    ) -> None:
+        super().__init__(message, peer=peer, round=round, epoch=epoch)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_quarantined, (str(self), self.peer, self.round, self.epoch, self.retry_after)
+
+
+def _rebuild_quarantined(message: str, peer: str, round: int, epoch: int, retry_after: float) -> Quarantined:
+    return Quarantined(message, peer=peer, round=round, epoch=epoch, retry_after=retry_after)
 
 
 class CoordinatorUnavailable(MembershipError):

@@ -152,9 +152,19 @@ class Reached:
     target: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Barred:
+    """This name is in quarantine, for the how-manieth time. seconds: for so long; 0: for good."""
+
+    name: str
+    seconds: float
+    strikes: int
+    reason: str
+
+
 Record = (
     Opened | Admitted | Departed | DatasetRegistered | StreamEnded | Leased | Released | LoopFounded | Committed
-    | Halted | Restored | Targeted | Reached
+    | Halted | Restored | Targeted | Reached | Barred
 )  # fmt: skip
 RECORDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Record)}
 

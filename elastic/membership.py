@@ -6,7 +6,7 @@ through journal records (`Roster.record`): replaying them gives the same state i
 
 Only here peers are admitted and evicted. The rest lies with the parts, each of which touches its own state alone:
 `loops` (which state an outer loop stands at), `leases` (who may read which shard), `deciding` (what becomes of
-proposals), `watching` (what is wrong with whom); all of them speak through the `roster`.
+proposals), `watching` (what is wrong with whom), `isolation` (what follows from that); all speak through the `roster`.
 
 The rules are those of docs/design.md, "Rules of a round"; numbers in comments refer to them.
 """
@@ -22,8 +22,10 @@ from collectives.records import LinkFailure
 from .audit import Account, summary
 from .config import TARGETS, RunPolicy, Timeouts
 from .deciding import Rounds
+from .isolation import AVOID, END, EVICT, LEAVE_OUT, QUARANTINE, SPARE, Isolation, Measure
 from .journal import (
     Admitted,
+    Barred,
     Committed,
     DatasetRegistered,
     Departed,
@@ -45,6 +47,7 @@ from .messages import (
     Applied,
     AuditReport,
     AuditRequest,
+    BarredReport,
     DoneReport,
     Enter,
     Exit,
@@ -63,6 +66,7 @@ from .messages import (
     Recomputed,
     Represent,
     RunProgress,
+    SelfTest,
     SetTarget,
     StatusReport,
     StatusRequest,
@@ -73,7 +77,17 @@ from .messages import (
 from .roster import Effect, MemberState, Roster
 from .runstate import RunState
 from .shards import ShardTable
-from .watching import Watching
+from .watching import Watching, told, why
+
+_EVENTS = {
+    AVOID: ("link.avoided", "link.trusted"),
+    LEAVE_OUT: ("peer.left_out", "peer.taken_back"),
+    QUARANTINE: ("peer.quarantined", ""),
+    EVICT: ("peer.banned", ""),
+    SPARE: ("peer.spared", ""),
+    END: ("peer.stuck", ""),
+}
+"""How each measure is told of: when it begins, and when it is over."""
 
 
 class Membership:
@@ -100,6 +114,7 @@ class Membership:
             evict=self._end_proven,
         )
         self.watching = Watching(self._roster)
+        self.isolation = Isolation(policy.faults, policy.min_peers, timeouts.evict_after)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
         self.lives: dict[str, int] = {}
         self.retired: dict[int, str] = {}
@@ -111,6 +126,7 @@ class Membership:
         self.last_contributors: tuple[str, ...] = ()
         self._live = False
         self._last_tick: float | None = None
+        self._now = 0.0
 
     @property
     def generation(self) -> int:
@@ -128,9 +144,11 @@ class Membership:
 
     def begin(self, records: Iterable[Record], now: float) -> list[Effect]:
         """Replays a journal and opens the next generation. Everybody known gets a full deadline (rule 3)."""
+        self._now = now
         for record in records:
             self._apply(record)
         self._live = True
+        self.isolation.begin(now)
         self._roster.record(Opened(generation=self.generation + 1))
         self.rounds.add_state(self.state().to_bytes())
         for member in self.members.values():
@@ -143,6 +161,7 @@ class Membership:
 
     def receive(self, name: str, message: Message, now: float) -> list[Effect]:
         """One message from the peer that presented itself as `name`. What is stale changes nothing (rule 1)."""
+        self._now = now
         if message.run != self._roster.run:
             reason = f"this coordinator serves run {self._roster.run!r}"
             self._roster.refuse(name, message, "ConfigurationError", reason)
@@ -161,6 +180,7 @@ class Membership:
 
     def tick(self, now: float) -> list[Effect]:
         """Time passes: finds silence, opens rounds whose grace is over, gives up what takes too long."""
+        self._now = now
         self._renew_after_gap(now)
         for name, state in list(self.members.items()):
             self._watch(name, state, now)
@@ -168,6 +188,7 @@ class Membership:
         self.rounds.tick(now)
         self._leasing.tick(now)
         self.watching.tick(self.rounds.cuts, now)
+        self._isolate(now)
         self._roster.returning = {name: until for name, until in self._roster.returning.items() if now <= until}
         return self._roster.take()
 
@@ -187,8 +208,7 @@ class Membership:
     def _is_current(self, name: str, message: Message) -> bool:
         state = self.members.get(name)
         if message.incarnation in self.retired:
-            expelled = self._roster.stamp(Expelled, reason=self.retired[message.incarnation])
-            self._roster.send_to(name, message.incarnation, expelled)
+            self._expel(name, message.incarnation)
             return False
         known = state is not None and state.member.incarnation == message.incarnation
         if not known or message.generation != self.generation:
@@ -206,9 +226,11 @@ class Membership:
             self._roster.refuse(name, message, "ConfigurationError", f"peer {name} presents itself as {message.member}")
             return
         if incarnation in self.retired:
-            self._roster.send_to(name, incarnation, self._roster.stamp(Expelled, reason=self.retired[incarnation]))
+            self._expel(name, incarnation)
             return
         state = self.members.get(name)
+        if state is None and not self._may_come(name, message, now):
+            return
         if state is not None and state.member.incarnation != incarnation:
             if message.generation:  # a successor follows nobody yet: an old life, known to a journal that is lost
                 return
@@ -228,6 +250,7 @@ class Membership:
         self._roster.record(Admitted(member=member, site=message.site, life=life))
         self.members[member.name].last_heard = now
         self._leasing.admitted(member.name)
+        self.isolation.admitted(member.name, now)
         view = self._roster.stamp(View, added=(member,), reason="joined")
         self._roster.broadcast(view, but=member.name)
         self._roster.emit("peer.joined", peer=member.name, incarnation=member.incarnation, life=life, epoch=self.epoch)
@@ -237,19 +260,22 @@ class Membership:
         life = self.members[name].life
         self._roster.send(name, self._roster.stamp(Welcome, life=life, members=members, progress=self.progress))
 
-    def _depart(self, name: str, reason: str, now: float, *, release: bool = False) -> None:
+    def _depart(
+        self, name: str, reason: str, now: float, *, event: str = "peer.evicted", release: bool = False
+    ) -> None:
+        """release: its shards go to others at once, instead of waiting for its next life."""
         state = self.members.get(name)
         if state is None:
             return
         self._roster.returning.pop(name, None)
         self.rounds.routes.forget(name)
         self.watching.forget(name)
-        if not release:
+        if event == "peer.evicted":
             self.watching.ended(name, now)
         self._roster.record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
-        self._roster.send_to(name, state.member.incarnation, self._roster.stamp(Expelled, reason=reason))
+        self._expel(name, state.member.incarnation)
         self._roster.broadcast(self._roster.stamp(View, removed=(name,), reason=reason))
-        self._roster.emit("peer.left" if release else "peer.evicted", peer=name, evidence=reason, epoch=self.epoch)
+        self._roster.emit(event, peer=name, evidence=reason, epoch=self.epoch)
         if release:
             self._leasing.release(name)
         else:
@@ -261,6 +287,12 @@ class Membership:
         self.outer.judge_all(now)  # with one side gone, a dispute can be over
         for operation in operations:  # one of them may find that others are gone too: all must know of this one first
             self.rounds.consider(operation, now)
+
+    def _expel(self, name: str, incarnation: int) -> None:
+        expelled = self._roster.stamp(
+            Expelled, reason=self.retired[incarnation], retry_after=self.isolation.barred(name, self._now)
+        )
+        self._roster.send_to(name, incarnation, expelled)
 
     def _end_proven(self, name: str, evidence: str, now: float) -> None:
         """There is proof that its process is gone."""
@@ -301,6 +333,58 @@ class Membership:
             self._roster.emit("peer.suspected", peer=name, silence_seconds=round(silence, 3))
             self.watching.silent(name, silence, now)
 
+    # --- what follows from verdicts -----------------------------------------------------------------------------------
+
+    def _isolate(self, now: float) -> None:
+        for measure in self.isolation.decide(self.watching.verdicts, self._roster.awake(), now):
+            self._tell_of(measure, now)
+            if measure.action == END:
+                self._depart(measure.culprits[0], f"{measure.verdict.kind} for too long", now, event="peer.ended")
+            elif measure.seconds:
+                self._bar(measure, now)
+        self.rounds.left_out = self.isolation.left_out.keys()
+        self.rounds.spurned = self.isolation.spurned.keys()
+        self.rounds.routes.avoid(self.isolation.avoided)
+        for name in self.isolation.trusted(now):
+            self._roster.emit("peer.trusted", peer=name)
+
+    def _bar(self, measure: Measure, now: float) -> None:
+        (name,) = measure.culprits
+        reason = why(measure.verdict)
+        strikes = self.isolation.strikes(name) + 1
+        seconds = 0.0 if measure.action == EVICT else measure.seconds
+        self._roster.record(Barred(name=name, seconds=seconds, strikes=strikes, reason=reason))
+        self.isolation.bar(name, now)
+        self.watching.dealt_with(name)
+        self._depart(name, reason, now, event="peer.removed", release=True)
+
+    def _tell_of(self, measure: Measure, now: float) -> None:
+        """Each step with its reason."""
+        began, ended = _EVENTS[measure.action]
+        fields = told(measure.verdict, now) | {"reason": why(measure.verdict)}
+        extra = {"seconds": measure.seconds} if 0 < measure.seconds < math.inf else {}
+        self._roster.emit(began if measure.begins else ended, **fields, **extra)
+
+    def _may_come(self, name: str, message: Join, now: float) -> bool:
+        """Whether it is in no quarantine, or has served it and is well."""
+        if message.tested and message.flaw and self.isolation.must_test(name) and not self.isolation.barred(name, now):
+            self._roster.emit("peer.unfit", peer=name, flaw=message.flaw)
+            self._roster.record(self.isolation.again(name, f"its self-test found: {message.flaw}"))
+            self.isolation.bar(name, now)
+        seconds = self.isolation.barred(name, now)
+        if seconds:
+            self._refuse_barred(name, message, seconds)
+        elif self.isolation.must_test(name) and not message.tested:
+            self._roster.send_to(name, message.incarnation, self._roster.stamp(SelfTest))
+        else:
+            return True
+        return False
+
+    def _refuse_barred(self, name: str, message: Join, seconds: float) -> None:
+        wait = "for good: come under another name" if math.isinf(seconds) else f"for {seconds:.0f} s yet"
+        reason = f"peer {name} is barred {wait} ({self.isolation.reason(name)})"
+        self._roster.refuse(name, message, "Quarantined", reason, retry_after=seconds)
+
     # --- messages of members ----------------------------------------------------------------------------------------
 
     def _dispatch(self, name: str, message: Message, now: float) -> None:
@@ -338,7 +422,7 @@ class Membership:
             case LeaseRequest():
                 self._leasing.lease(name, message)
             case Leave():
-                self._depart(name, message.reason, now, release=True)
+                self._depart(name, message.reason, now, event="peer.left", release=True)
 
     def _tell_if_over(self) -> None:
         progress = self.progress
@@ -372,10 +456,13 @@ class Membership:
                 self.targets = {name: getattr(record, name) for name in TARGETS}
             case Reached():
                 self.reached = record.target
+            case Barred():
+                self.isolation.apply(record)
 
     def _apply_admitted(self, record: Admitted) -> None:
         name = record.member.name
         self.members[name] = MemberState(record.member, record.site, record.life, last_heard=0.0)
+        self.isolation.apply_admitted(name)
         self.lives[name] = record.life
         self._roster.epoch += 1
 
@@ -463,8 +550,14 @@ class Membership:
             contributors=self.last_contributors,
             samples=samples,
             verdicts=self.watching.reports(now),
+            barred=tuple(self._barred_report(*each) for each in sorted(self.isolation.in_quarantine(now).items())),
         )
         return report
+
+    def _barred_report(self, name: str, seconds: float) -> BarredReport:
+        seconds = -1.0 if math.isinf(seconds) else seconds
+        strikes, reason = self.isolation.strikes(name), self.isolation.reason(name)
+        return BarredReport(name=name, seconds=seconds, strikes=strikes, reason=reason)
 
     def audit(self) -> AuditReport:
         """The account of the data, as of now."""
@@ -472,15 +565,21 @@ class Membership:
 
     def _report(self, name: str, state: MemberState, now: float) -> MemberReport:
         version, state_hash = max(state.held.values(), default=(-1, ""))
-        training = "active" if state.trains else "joining"
         return MemberReport(
             name=name,
             site=state.site,
             life=state.life,
-            state="suspect" if state.silent else training,
+            state=self._state_of(name, state),
             version=version,
             state_hash=state_hash,
             silence=now - state.last_heard,
             status=state.status,
             repaired=state.repaired,
         )
+
+    def _state_of(self, name: str, state: MemberState) -> str:
+        if state.silent:
+            return "suspect"
+        if name in self.isolation.left_out:
+            return "left out"
+        return "probation" if self.isolation.on_probation(name) else "active" if state.trains else "joining"

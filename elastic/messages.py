@@ -115,6 +115,7 @@ class Join(Message):
 
     view, state, holding: if they were asked for, the incarnations in the last view by name, the last run state that it
     got, and the shards that it works on.
+    tested: it has made the self-test that it was asked for. flaw: what that found; "": all is well.
     """
 
     protocol: int = PROTOCOL
@@ -124,6 +125,8 @@ class Join(Message):
     view: dict[str, int] = field(default_factory=dict)
     state: bytes = b""
     holding: tuple[int, ...] = ()
+    tested: bool = False
+    flaw: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -461,12 +464,16 @@ class Leases(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused(Message):
-    """A request that cannot be granted. error: name of the exception that the caller sees; tag: of the operation."""
+    """A request that cannot be granted. error: name of the exception that the caller sees; tag: of the operation.
+
+    retry_after: seconds after which it may be granted; 0.0: not known.
+    """
 
     error: str
     reason: str
     tag: str = ""
     sequence: int = -1
+    retry_after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -490,9 +497,15 @@ class Recompute(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expelled(Message):
-    """This incarnation is no member any more."""
+    """This incarnation is no member any more. retry_after: its name is barred for so many seconds; 0.0: it is not."""
 
     reason: str
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfTest(Message):
+    """Answers a Join after a quarantine: come again with what a self-test has found (Join.tested)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -529,14 +542,25 @@ class VerdictReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BarredReport:
+    """A name in quarantine. seconds: for so long yet; -1: for good. strikes: the how-manieth time."""
+
+    name: str
+    seconds: float
+    strikes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport(Message):
-    """contributors: of the last round. samples: committed. verdicts: what is wrong now."""
+    """contributors: of the last round. samples: committed. verdicts: what is wrong now. barred: names in quarantine."""
 
     members: tuple[MemberReport, ...]
     progress: RunProgress
     contributors: tuple[str, ...]
     samples: int
     verdicts: tuple[VerdictReport, ...] = ()
+    barred: tuple[BarredReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -702,6 +726,6 @@ FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute, AuditReport,
+        StatusReport, Recompute, AuditReport, SelfTest,
     )
 }  # fmt: skip

@@ -100,6 +100,8 @@ def segment_of(begin: Begin, name: str) -> tuple[int, int]:
 
 def refusal(refused: Refused, peer: str) -> ElasticError:
     """The exception that a refusal stands for."""
+    if refused.error == "Quarantined":
+        return errors.Quarantined(refused.reason, peer=peer, epoch=refused.epoch, retry_after=refused.retry_after)
     kind = getattr(errors, refused.error, ElasticError)
     error: ElasticError = kind(refused.reason, peer=peer, epoch=refused.epoch)
     return error

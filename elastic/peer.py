@@ -52,6 +52,7 @@ from .errors import (
     ElasticError,
     Evicted,
     NotEnoughPeers,
+    Quarantined,
     RoundAborted,
 )
 from .events import EventLog
@@ -83,6 +84,7 @@ from .messages import (
     Represent,
     RoundFailed,
     RunProgress,
+    SelfTest,
     SetTarget,
     View,
     Welcome,
@@ -246,8 +248,9 @@ class Peer:
     lanes: whether each of those processes has links of its own to other peers (the default), or the leader alone.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
-    (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
-    is back; if this peer is expelled, every waiting and later call raises Evicted.
+    (no answer within join_timeout seconds), VersionMismatch, Quarantined (the name is barred for `retry_after` s).
+    If the coordinator dies later, nothing happens until it is back; if this peer is expelled, every waiting and later
+    call raises Evicted, or Quarantined.
     """
 
     ranks: Alone = ALONE
@@ -308,7 +311,10 @@ class Peer:
         self._leaving = False
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
-        self.events = self._event_log(events_dir or env.get("ELASTIC_EVENTS_DIR"), self.name)
+        self._testing, self._tested = False, dict[str, Any]()
+        events_dir = events_dir or env.get("ELASTIC_EVENTS_DIR")
+        self._events_dir = Path(events_dir) if events_dir else None
+        self.events = self._event_log(events_dir, self.name)
         self._reserve = Reserve()
         listen, advertise = endpoints(where.coordinator, listen, advertise, env)
         self.group = self._open_group(
@@ -954,6 +960,7 @@ class Peer:
             member=self.group.member,
             site=self.site,
             commits=tuple(self._notes.values()),
+            **self._tested,
             **memory,
         )
 
@@ -989,15 +996,33 @@ class Peer:
             case Expelled() if self._leaving:
                 self._fail(Evicted("this Peer is closed", peer=self.name))
             case Expelled():
-                self._fail(
-                    Evicted(f"peer {self.name} was expelled: {message.reason}", peer=self.name, epoch=self._epoch)
-                )
+                self._fail(self._expulsion(message))
+            case SelfTest() if not self._testing:
+                self._testing = True
+                threading.Thread(target=self._test_itself, name="elastic-self-test", daemon=True).start()
             case Leases():
                 self.data.inbox.put(message)
             case Refused() if not message.tag:
                 self.data.inbox.put(message)
             case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
                 self._deliver(message)
+
+    def _expulsion(self, message: Expelled) -> Evicted:
+        where: dict[str, Any] = {"peer": self.name, "epoch": self._epoch}
+        if not message.retry_after:
+            return Evicted(f"peer {self.name} was expelled: {message.reason}", **where)
+        until = f"back in {message.retry_after:.0f} s" if math.isfinite(message.retry_after) else "for good"
+        reason = f"peer {self.name} is in quarantine, {until}: {message.reason}"
+        return Quarantined(reason, retry_after=message.retry_after, **where)
+
+    def _test_itself(self) -> None:
+        """The coordinator asks for it before it takes in who was in quarantine."""
+        from .selftest import self_test
+
+        flaw = self_test(self._events_dir)
+        self.events.emit("peer.tested", flaw=flaw)
+        self._tested = {"tested": True, "flaw": flaw}
+        self.send(self._join_message())
 
     def _welcomed(self, message: Welcome) -> None:
         with self._changed:

@@ -7,7 +7,7 @@ start only looks one up. Without measurements every peer owns the same share.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from collectives.records import WireRun, fits
 from collectives.sockets import NEAR
 from collectives.topology import Matrix, Plan
 from collectives.tuning import fine_chunk
+from fault.verdicts import AMBIGUOUS, CORRUPT, Verdict
 
 from .messages import LinkReport, OperationSpec
 from .rounds import Pair, executed, extent
@@ -68,6 +69,9 @@ class Routes:
         self._plans: OrderedDict[Job, Plan] = OrderedDict()
         self._moved = False
         self._next = 0.0
+        self._avoided: frozenset[tuple[str, tuple[str, ...]]] = frozenset()
+        self._probed: set[str] = set()
+        self._shunned: frozenset[Pair] = frozenset()
 
     def learn(self, name: str, links: Iterable[LinkReport], members: Collection[str]) -> None:
         """What `name` sees of its links to other members now; what is no measurement is left out."""
@@ -93,9 +97,24 @@ class Routes:
             self._moved = False
             self._plans = OrderedDict((job, self._plan(job)) for job in self._plans)
 
+    def avoid(self, verdicts: Mapping[tuple[str, ...], Verdict]) -> None:
+        """Plans anew at once if these are others than before.
+
+        Slow peers and links carry what they are measured to carry, as any other. Pairs whose frames came corrupt are
+        taken for cut. Among whom a ring has shown a slow link that may be the fault of either end, no ring is used
+        until nobody there is slow: the direct pattern tells ends and links apart.
+        """
+        found = frozenset((verdict.kind, culprits) for culprits, verdict in verdicts.items())
+        if found == self._avoided:
+            return
+        self._avoided, self._moved, self._next = found, True, 0.0
+        self._shunned = frozenset(frozenset(culprits) for kind, culprits in found if kind == CORRUPT)
+        slow = {name for kind, culprits in found if kind != CORRUPT for name in culprits}
+        self._probed = (self._probed & slow) | {n for kind, names in found if kind == AMBIGUOUS for n in names}
+
     def find(self, spec: OperationSpec, names: tuple[str, ...], cuts: Iterable[Pair]) -> Plan:
         """The way for this operation among these contributors; who is not in it cannot be reached at all."""
-        job = job_of(spec, names, cuts)
+        job = job_of(spec, names, self._around(names, frozenset(cuts)))
         if spec.root:
             return spread(names, job.cuts, spec.root)
         if segmented(spec) and not job.cuts:
@@ -112,6 +131,11 @@ class Routes:
         known = [(link.rtt, link.goodput) for link in links if link is not None]
         return fine_chunk(known, factor=WIRE_BYTES.get(wire, 4.0) / 4)
 
+    def _around(self, names: tuple[str, ...], cuts: frozenset[Pair]) -> frozenset[Pair]:
+        """Shunned pairs count as cut, unless somebody could not be reached then."""
+        around = cuts | self._shunned
+        return around if len(spread(names, around, names[0]).names) == len(names) else cuts
+
     def _first(self, job: Job) -> Plan:
         if len(job.names) <= PLANNED_AT_ONCE:
             return self._plan(job)
@@ -120,7 +144,7 @@ class Routes:
 
     def _plan(self, job: Job) -> Plan:
         measured = any(pair in self._links for pair in _pairs(job.names))
-        if not measured or len(job.names) > PLANNED_AT_ALL:
+        if not measured or len(job.names) > PLANNED_AT_ALL or self._probed.intersection(job.names):
             return simple(job.names, job.cuts)
         if job.lossless and job.nbytes >= LARGE and len(job.names) > 2 and self._near(job):
             count = len(job.names)

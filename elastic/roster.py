@@ -115,9 +115,9 @@ class Roster:
                 self.send(name, message)
 
     def refuse(
-        self, name: str, message: Message, error: str, reason: str, *, tag: str = "", sequence: int = -1
+        self, name: str, message: Message, error: str, reason: str, *, tag: str = "", sequence: int = -1, **more: Any
     ) -> None:
-        refused = self.stamp(Refused, error=error, reason=reason, tag=tag, sequence=sequence)
+        refused = self.stamp(Refused, error=error, reason=reason, tag=tag, sequence=sequence, **more)
         self.send_to(name, message.incarnation, refused)
 
     def emit(self, event: str, **fields: Any) -> None:

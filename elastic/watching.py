@@ -35,7 +35,8 @@ class Watching:
         if message.step_seconds > 0:
             self._detector.stepped(name, message.step_seconds, now)
         for gave in message.gave:
-            self._detector.gave(name, gave, now)
+            if gave.tag in self._roster.members[name].entered:
+                self._detector.gave(name, gave, now)
 
     # --- incidents ----------------------------------------------------------------------------------------------------
 
@@ -94,20 +95,25 @@ class Watching:
         after = {verdict.key: verdict for verdict in self.verdicts}
         for key, verdict in after.items():
             if key not in before:
-                self._roster.emit("anomaly.confirmed", **_told(verdict, now))
+                self._roster.emit("anomaly.confirmed", **told(verdict, now))
         for key, verdict in before.items():
             if key not in after:
-                self._roster.emit("anomaly.cleared", **_told(verdict, now))
+                self._roster.emit("anomaly.cleared", **told(verdict, now))
 
     def forget(self, name: str) -> None:
         """It is no member any more; a later life of its name is measured anew."""
         self._detector.forget(name)
 
+    def dealt_with(self, name: str) -> None:
+        """It has been removed for what it did."""
+        self._incidents.forget(name)
+
     def reports(self, now: float) -> tuple[VerdictReport, ...]:
-        return tuple(VerdictReport(**_told(verdict, now)) for verdict in self.verdicts)
+        return tuple(VerdictReport(**told(verdict, now)) for verdict in self.verdicts)
 
 
-def _told(verdict: Verdict, now: float) -> dict[str, Any]:
+def told(verdict: Verdict, now: float) -> dict[str, Any]:
+    """As an event says it."""
     return {
         "kind": verdict.kind,
         "culprits": verdict.culprits,
@@ -115,3 +121,8 @@ def _told(verdict: Verdict, now: float) -> dict[str, Any]:
         "confidence": round(verdict.confidence, 3),
         "evidence": {name: float(f"{value:.4g}") for name, value in verdict.evidence.items()},
     }
+
+
+def why(verdict: Verdict) -> str:
+    """In one line, for people."""
+    return f"{verdict.kind} ({', '.join(f'{name} {value:.3g}' for name, value in verdict.evidence.items())})"

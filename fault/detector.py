@@ -115,5 +115,5 @@ def _of_bad(bad: Bad, since: float) -> Verdict:
     sure = 1.0 if bad.why == "not finite" else 0.9
     names = {"not finite": "not_finite", "norm": "norm", "direction": "cosine"}
     value = 1.0 if bad.why == "not finite" else bad.value
-    evidence = {names[bad.why]: value, "others": bad.others}
+    evidence = {names[bad.why]: value, "others": bad.others, "rounds": float(bad.rounds)}
     return Verdict(kind=GRADIENT, culprits=(bad.peer,), since=since, confidence=sure, evidence=evidence)

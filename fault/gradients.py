@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .persisting import Persisting
 from .robust import deviation
@@ -42,12 +42,15 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bad:
-    """why: "not finite", "norm" or "direction". value: of the norm or the cosine. others: the median of the others'."""
+    """why: "not finite", "norm" or "direction". value: of the norm or the cosine. others: the median of the others'.
+    rounds: in which it was so, running.
+    """
 
     peer: str
     why: str
     value: float
     others: float
+    rounds: int = 1
 
 
 def cosine_to_others(norm: float, mean_norm: float, product: float, share: float) -> float:
@@ -120,9 +123,12 @@ class Gradients:
     def round(self, given: Mapping[str, Contribution], at: float) -> None:
         """The contributions to one committed round, and what was refused because it is no number."""
         found = {(bad.peer, bad.why): bad for bad in bad_contributions(given, self._usual)}
+        running = {key: self._persisting.running(key) + 1 for key in found}
+        found = {key: replace(bad, rounds=running[key]) for key, bad in found.items()}
         self._persisting.window(found, at)
         self.bad = {peer: each for (peer, _), each in self._persisting.confirmed.items()}
-        self.bad |= {peer: (bad, at) for (peer, why), bad in found.items() if why == "not finite"}
+        first = {bad.peer: bad for (_, why), bad in found.items() if why == "not finite"}
+        self.bad |= {peer: (bad, at) for peer, bad in first.items() if peer not in self.bad}
 
         suspects = self.bad.keys() | {peer for peer, _ in found}
         for peer, contribution in given.items():
@@ -134,7 +140,7 @@ class Gradients:
         return statistics.median(past) if len(past) >= NEEDED else None
 
     def forget(self, name: str) -> None:
-        """It has gone; a later life is another."""
-        self.bad.pop(name, None)
+        """It has gone; a later life is another. Who was suspected beside it was compared with it, too: that is over."""
+        self.bad.clear()
         self._past.pop(name, None)
-        self._persisting.forget(lambda key: key[0] == name)
+        self._persisting.forget(lambda key: True)

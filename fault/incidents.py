@@ -10,7 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .verdicts import CORRUPT, FLAPPING, Verdict
+from .verdicts import CORRUPT, DRIFTED, FLAPPING, Verdict
 
 Key = tuple[str, tuple[str, ...]]
 
@@ -74,6 +74,12 @@ class Incidents:
             ends.popleft()
         if len(ends) >= self.flaps:
             self.happened(FLAPPING, (name,), at, lives=float(len(ends)), seconds=at - ends[0])
+
+    def forget(self, name: str) -> None:
+        """What was held against this name has been dealt with."""
+        for kind in (CORRUPT, DRIFTED, FLAPPING):
+            self.over(kind, (name,))
+        self._ends.pop(name, None)
 
     def verdicts(self, at: float) -> Iterator[Verdict]:
         """What holds, and what has happened lately."""

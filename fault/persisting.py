@@ -55,6 +55,10 @@ class Persisting(Generic[Key, Value]):
         """Found in the last look, or confirmed."""
         return {*self._streaks, *self.confirmed}
 
+    def running(self, key: Key) -> int:
+        """In how many looks running it has been found by now."""
+        return self._streaks[key][0] if key in self._streaks else 0
+
     def forget(self, gone: Callable[[Key], bool]) -> None:
         """Nothing is known of these any more."""
         for key in filter(gone, self.suspects):

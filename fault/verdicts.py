@@ -9,6 +9,7 @@ SENDER, RECEIVER, NODE, LINK = "slow sender", "slow receiver", "slow node", "slo
 AMBIGUOUS, STRAGGLER, GRADIENT = "slow, ambiguous", "slow peer", "bad gradient"
 CRASH, SILENT, CUT, CORRUPT = "crash", "silent", "cut", "corrupt frames"
 FLAPPING, DRIFTED = "flapping", "drifted state"
+HANG, STALLED = "hang outside communication", "hang in communication"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

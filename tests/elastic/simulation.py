@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from collectives.records import Identity, LinkFailure, Member, Start
 from elastic.audit import audit
 from elastic.config import RunPolicy, Timeouts
-from elastic.journal import Committed, Departed, Halted, LoopFounded, Opened, Record, Restored
+from elastic.journal import Barred, Committed, Departed, Halted, LoopFounded, Opened, Record, Restored
 from elastic.membership import Membership
 from elastic.messages import (
     STREAM,
@@ -679,6 +679,7 @@ class Ledger:
     heard: dict[int, float] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
     proved: set[int] = field(default_factory=set)
+    barred: set[str] = field(default_factory=set)
     skipped: int = 0
 
     def fork(self) -> Ledger:
@@ -818,7 +819,7 @@ class Ledger:
         proof = record.incarnation in self.proved
         if "refused" in record.reason:
             assert record.incarnation in self.dead, "a living process was declared gone"
-        elif not proof:
+        elif not proof and record.name not in self.barred:
             silence = now - self.heard[record.incarnation]
             assert silence > TIMES.evict_after, f"evicted after {silence} s of silence: {record.reason}"
 
@@ -1016,6 +1017,8 @@ class World:
             case Departed():
                 ledger.departed(record, self.now)
                 ledger.offers.pop(record.incarnation, None)
+            case Barred():
+                ledger.barred.add(record.name)
             case LoopFounded():
                 ledger.founded(record)
             case Halted():

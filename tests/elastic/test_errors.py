@@ -11,7 +11,16 @@ from elastic import errors
 from elastic.errors import ConfigurationError, ElasticError
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ElasticError)]
-RETRYABLE = {"NotEnoughPeers", "CoordinatorUnavailable", "RoundAborted", "TransportError", "TransferInterrupted"}
+RETRYABLE = {
+    *(
+        "Quarantined",
+        "NotEnoughPeers",
+        "CoordinatorUnavailable",
+        "RoundAborted",
+        "TransportError",
+        "TransferInterrupted",
+    )
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

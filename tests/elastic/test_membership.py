@@ -1541,10 +1541,13 @@ def test_what_no_member_can_have_measured_is_not_believed() -> None:
 
 def test_reports_of_rounds_that_never_were_do_not_pile_up() -> None:
     world, peers = training("ab")
-    gave = tuple(Gave(tag=f"t{i}", version=i, norm=1.0, cosine=0.5) for i in range(5000))
+    gave = tuple(Gave(tag=OUTER, version=i, norm=1.0, cosine=0.5) for i in range(5000))
+    gave += tuple(Gave(tag=f"t{i}", version=i, norm=1.0, cosine=0.5) for i in range(5000))
     tell(world, peers["a"], Heartbeat, status=PeerStatus(), gave=gave)
     assert world.membership is not None
-    assert len(world.membership.watching._detector._rounds) <= 256
+    assert 0 < len(world.membership.watching._detector._rounds) <= 256
+    world.tick(5.0)
+    assert set(world.membership.watching._detector._gradients) == {OUTER}
 
 
 def verdicts(world: World) -> set[tuple[str, tuple[str, ...]]]:

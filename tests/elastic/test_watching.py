@@ -14,11 +14,13 @@ from test_algorithms import descend
 from test_streaming import together
 
 import elastic
-from elastic.config import RunPolicy, Timeouts
+from elastic.config import FAULT_CLASSES, FaultPolicy, RunPolicy, Timeouts
+from elastic.errors import Quarantined
 from elastic.peer import Peer
 
 STEP = 0.02
 TIMES = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=20, evict_after=30)
+OBSERVE = FaultPolicy(**dict.fromkeys(FAULT_CLASSES, "observe"))
 
 
 def anomalies(run: Run, kind: str = "anomaly.confirmed") -> list[dict[str, Any]]:
@@ -45,8 +47,16 @@ class Trainer:
     def __init__(self, peer: Peer, stop: threading.Event) -> None:
         self.peer, self.stop, self.pace = peer, stop, STEP
         self.spoil: Callable[[torch.nn.Module], None] = lambda model: None
+        self.out: Quarantined | None = None
 
-    def __call__(self) -> elastic.OuterLoop:
+    def __call__(self) -> elastic.OuterLoop | None:
+        try:
+            return self._train()
+        except Quarantined as error:
+            self.out = error
+            return None
+
+    def _train(self) -> elastic.OuterLoop:
         model = Slope(int(self.peer.name[1:]))
         inner = torch.optim.SGD(model.parameters(), lr=1e-3)
         with elastic.DiLoCo(model, inner, self.peer, sync_every=8) as loop:
@@ -57,9 +67,9 @@ class Trainer:
         return loop
 
 
-def watch(run: Run, n: int, act: Callable[[list[Trainer]], None]) -> None:
+def watch(run: Run, n: int, act: Callable[[list[Trainer]], None], faults: FaultPolicy = OBSERVE) -> None:
     """Trains with n peers while `act` does what it does, in a thread of its own."""
-    run.timeouts, run.policy = TIMES, RunPolicy(quorum=1.0)
+    run.timeouts, run.policy = TIMES, RunPolicy(quorum=1.0, faults=faults)
     stop = threading.Event()
     trainers = [Trainer(peer, stop) for peer in run.several(n)]
 
