@@ -165,6 +165,11 @@ TROUBLES: dict[str, dict[str, Action]] = {
     "": {},
     "drift": {"drift": _drift, "begin again": _begin_again},
     "black out": {"black out": _black_out},
+    "faults": {
+        "spoil": lambda w, p, n: w.act(p, "spoil", n),
+        "spoil all": lambda w, p, n: [w.act(each, "spoil", n) for each in list(w.peers.values())],
+        "calm": lambda w, p, n: [w.turn(seconds=2.5) for _ in range(1 + n % 8)],
+    },
     "rivals": {
         "recover": _recover,
         "move": _move,
@@ -225,6 +230,13 @@ SCENARIOS = {
         Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),
+        Scenario(
+            "faults",
+            "abcd",
+            policy=RunPolicy(min_peers=3),
+            trouble=("faults",),
+            often=("turns", "life", "spoil", "calm"),
+        ),
         Scenario("all at once", "abcd", trouble=("drift", "black out", "rivals"), often=("turns", "save")),
     )
 }

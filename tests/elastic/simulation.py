@@ -52,6 +52,7 @@ from elastic.messages import (
     Refused,
     Represent,
     RoundFailed,
+    SelfTest,
     View,
     Welcome,
     Withdraw,
@@ -60,6 +61,7 @@ from elastic.recovery import Recovery
 from elastic.roster import Emit, Persist, Send
 from elastic.runstate import LINEAGE, RunState
 from elastic.shards import Layout, ShardReader, Stretch
+from fault.records import Gave
 
 RUN, OUTER, PLAIN, SPREAD, GATHER = "run", "outer", "grads", "news", "parts"
 ROOT = "a"
@@ -189,7 +191,7 @@ class SimPeer:
         self.name, self.incarnation, self.generation = name, incarnation, 0
         self.quorum, self.grace = 0, -1.0
         self.alive, self.frozen, self.joined, self.stuck = True, False, False, False
-        self.expelled = ""
+        self.expelled, self.tested, self.spoiled = "", False, 0
         self.mode = "out"
         self.version = -1
         self.computed = self.corrupt = self.defective = False
@@ -238,7 +240,7 @@ class SimPeer:
 
     def join(self, *, recall: bool = False) -> None:
         memory = {"view": self.view, "state": self.knows, "holding": self.reader.holding} if recall else {}
-        self.say(Join, member=self.member, site="here", commits=tuple(self.notes), **memory)
+        self.say(Join, member=self.member, site="here", commits=tuple(self.notes), tested=self.tested, **memory)
 
     def enter(self) -> None:
         if self.mode == "out":
@@ -336,6 +338,14 @@ class SimPeer:
         )
         self.say(Heartbeat, status=PeerStatus(links=links))
 
+    def spoil(self, number: int) -> None:
+        """Says of its contributions to the next rounds that they are no numbers, or so long that nobody's can be."""
+        self.spoiled += 1
+        norm = -1.0 if number % 2 else 1e12
+        gave = tuple(Gave(tag=OUTER, version=1000 * self.spoiled + i, norm=norm, cosine=0.0) for i in range(3))
+        if self.joined:
+            self.say(Heartbeat, status=PeerStatus(), gave=gave, step_seconds=0.1 * (1 + number % 7))
+
     def ask_again(self) -> None:
         """Whatever is unanswered is said again."""
         if not self.joined:
@@ -381,6 +391,9 @@ class SimPeer:
                 self._base(message)
             case Recompute():
                 self._recompute(message)
+            case SelfTest():
+                self.tested = True
+                self.join()
             case Leases():
                 self._leases(message)
             case Refused():
