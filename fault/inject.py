@@ -195,14 +195,13 @@ class Injector:
     """The faults of one process. Thread-safe; all its methods may be called from any thread.
 
     peer: whose process this is. log: a file to which every firing is appended, in one write.
-    on_fire: called with each firing (of lasting kinds, with the first), before it strikes.
 
     It is a `collectives.records.LinkFaults`, which a `Group` asks; `elastic.Peer(faults=...)` asks it all the rest.
     """
 
     peer: str = ""
     log: Path | None = None
-    on_fire: Callable[[Firing], None] | None = None
+    _listeners: list[Callable[[Firing], None]] = field(default_factory=list)
     _armed: tuple[_Armed, ...] = ()
     _known: dict[str, _Armed] = field(default_factory=dict)
     _round: int = -1
@@ -238,6 +237,10 @@ class Injector:
                 if id in (None, each.fault.id):
                     each.begins = -math.inf  # whoever hangs by it sees that
             self._changed.notify_all()
+
+    def listen(self, listener: Callable[[Firing], None]) -> None:
+        """It is called with each firing (of lasting kinds, with the first), before that strikes; from any thread."""
+        self._listeners.append(listener)
 
     def close(self) -> None:
         """Disarms all; nobody stands still any more."""
@@ -355,8 +358,9 @@ class Injector:
     def _tell(self, firing: Firing) -> None:
         if self.log is not None:
             note(self.log, peer=self.peer, **firing.told)
-        if self.on_fire is not None and (firing.count == 1 or not firing.fault.about.lasting):
-            self.on_fire(firing)
+        if firing.count == 1 or not firing.fault.about.lasting:
+            for listener in list(self._listeners):
+                listener(firing)
 
     def _stand_still(self, fault: Fault, seconds: float) -> None:
         deadline = time.monotonic() + seconds

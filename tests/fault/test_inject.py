@@ -199,7 +199,8 @@ def test_a_full_disk_is_an_oserror() -> None:
 
 def test_every_firing_is_noted_before_it_strikes_and_told(tmp_path: Path) -> None:
     told: list[Firing] = []
-    injector = Injector("a", log=tmp_path / "log", on_fire=told.append)
+    injector = Injector("a", log=tmp_path / "log")
+    injector.listen(told.append)
     injector.arm(Fault(kind="flip", times=2, id="f"))
     injector.arm(Fault(kind="partition", peer="b", times=3, id="p"))
     for _ in range(3):
