@@ -193,12 +193,14 @@ class _Frame:
         self.release()
 
     def spoil(self) -> None:
-        """Flip a bit in the middle of the payload: of the copy that travels, since the source is others'."""
+        """Flip a high bit of a number in the middle of the payload: of what travels, since the source is others'."""
+        nbytes = self.nbytes - HEADER_BYTES
+        at = min(nbytes // 2 | 3, nbytes - 1)
         if self.slot >= 0:
-            self.room[(self.nbytes - HEADER_BYTES) // 2] ^= 1
+            self.room[at] ^= 0x40
         elif len(self.pending) > 1:
             payload = bytearray(self.pending[1])
-            payload[len(payload) // 2] ^= 1
+            payload[at] ^= 0x40
             self.pending[1] = memoryview(payload)
 
     def release(self) -> None:

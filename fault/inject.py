@@ -87,7 +87,7 @@ class Fault:
     peer: str = ANY
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not (isinstance(self.kind, str) and self.kind in KINDS):
             raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
         self._check_fields()
         self._check_time()
