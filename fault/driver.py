@@ -247,6 +247,9 @@ class Driver:
         self._frozen.pop(to, None)
 
     def _end(self) -> None:
+        for each in self._running:
+            if each.by_signal and not each.over:
+                self._verify(each, time.monotonic())
         for to in list(self._frozen):
             self._thaw(to)
         self._read()
