@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import sys
 import threading
@@ -12,9 +13,11 @@ from typing import Any
 
 import click
 
-from elastic.config import ACTIONS, FAULT_CLASSES, TARGETS, FaultPolicy, RunPolicy
+from elastic.chaos import asked_for, take_orders
+from elastic.config import ACTIONS, FAULT_CLASSES, TARGETS, FaultPolicy, RunPolicy, environment
 from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError
+from fault.orders import COORDINATOR
 
 from . import exits
 
@@ -78,7 +81,7 @@ def command(**options: Any) -> None:
       elastic coordinator --run demo --rounds 100
       elastic coordinator --run demo --bind 0.0.0.0:29401 --journal new.sqlite --recover
     """
-    with _told_to_stop() as stop, _open(options) as coordinator:
+    with _told_to_stop() as stop, _open(options) as coordinator, _taking_orders(coordinator):
         _say_where(coordinator, options["token"])
         if options["recover"]:
             _recover(coordinator, stop, options["accept_minority"])
@@ -122,6 +125,7 @@ def _open(options: dict[str, Any]) -> Coordinator:
             journal=journal,
             events=options["events"],
             recover=options["recover"],
+            faults=asked_for(environment(), None, COORDINATOR),
         )
     except ConfigurationError as error:
         _refuse(_code(str(error)), str(error))
@@ -137,6 +141,21 @@ def _faults(chosen: tuple[str, ...], seconds: float) -> FaultPolicy:
             raise ConfigurationError(f"--on-fault {each!r}: there is no class {name!r}; use {', '.join(FAULT_CLASSES)}")
         actions[name] = action.replace("-", " ")
     return FaultPolicy(quarantine_seconds=seconds, **actions)
+
+
+@contextmanager
+def _taking_orders(coordinator: Coordinator) -> Iterator[None]:
+    """For faults on purpose, if ELASTIC_CHAOS says so."""
+    where = {"name": COORDINATOR, "role": COORDINATOR, "run": coordinator.run}
+    try:
+        station = take_orders(environment(), coordinator.faults, incarnation=secrets.randbits(63) | 1, **where)
+    except ConfigurationError as error:
+        _refuse(exits.OUTPUT, str(error))
+    try:
+        yield
+    finally:
+        if station is not None:
+            station.close()
 
 
 def _code(message: str) -> int:
