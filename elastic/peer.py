@@ -84,11 +84,12 @@ from .messages import (
     RoundFailed,
     RunProgress,
     SetTarget,
+    Short,
     View,
     Welcome,
     Withdraw,
 )
-from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
+from .operations import ASK_AGAIN_SECONDS, Executor, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .ranks import ALONE, Alone
 from .runstate import LINEAGE, RunState
 from .telemetry import Telemetry
@@ -851,14 +852,16 @@ class Peer:
             run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
         )
 
-    def operation(self, proposal: Propose, buffers: Callable[[Begin], Buffers], inbox: Inbox) -> Operation:
-        """One proposal on its way to a commit; see `Operation`."""
+    def operation(
+        self, proposal: Propose, buffers: Callable[[Begin], Buffers], inbox: Inbox, group: Executor | None = None
+    ) -> Operation:
+        """One proposal on its way to a commit; see `Operation`. group: what executes attempts, by default its own."""
         return Operation(
             proposal,
             buffers,
             name=self.name,
             inbox=inbox,
-            group=self.group,
+            group=self.group if group is None else group,
             send=self.send,
             finished=self._finished.get(proposal.tag, (0, -1)),
             silent_for=self.silent_for,
@@ -996,7 +999,7 @@ class Peer:
                 self.data.inbox.put(message)
             case Refused() if not message.tag:
                 self.data.inbox.put(message)
-            case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
+            case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Short() | Refused():
                 self._deliver(message)
 
     def _welcomed(self, message: Welcome) -> None:
