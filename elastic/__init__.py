@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .outer.engine import OuterLoop
     from .outer.feedback import EF21, EControl, ErrorFeedback
     from .outer.optimizers import SGD, Adam, HeavyBall, Nesterov
+    from .outer.robust import CoordinateMedian, FlagAggregator, GeometricMedian, Krum, NormClip, TrimmedMean
     from .outer.streaming import StreamingDiLoCo
     from .outer.weighting import Equal, FedBuff, FedFix, Throughput, Tokens
     from .peer import Finished, Gathered, Peer, PeerView, Reduced, Scattered, Work
@@ -91,6 +92,9 @@ _HOMES = {
     "OuterLoop": "outer.engine",
     **dict.fromkeys(("EF21", "EControl", "ErrorFeedback"), "outer.feedback"),
     **dict.fromkeys(("SGD", "Adam", "HeavyBall", "Nesterov"), "outer.optimizers"),
+    **dict.fromkeys(
+        ("CoordinateMedian", "FlagAggregator", "GeometricMedian", "Krum", "NormClip", "TrimmedMean"), "outer.robust"
+    ),
     "StreamingDiLoCo": "outer.streaming",
     **dict.fromkeys(("Equal", "FedBuff", "FedFix", "Throughput", "Tokens"), "outer.weighting"),
     **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
@@ -105,6 +109,7 @@ __all__ = [
     "Checkpoints",
     "CollectiveError",
     "ConfigurationError",
+    "CoordinateMedian",
     "Coordinator",
     "CoordinatorUnavailable",
     "DecoupledDiLoCo",
@@ -121,14 +126,18 @@ __all__ = [
     "FedFix",
     "Final",
     "Finished",
+    "FlagAggregator",
     "Gathered",
+    "GeometricMedian",
     "HeavyBall",
     "JoinToken",
+    "Krum",
     "Late",
     "LinkOptions",
     "MembershipError",
     "Nesterov",
     "NoSource",
+    "NormClip",
     "NotEnoughPeers",
     "OuterLoop",
     "ParityError",
@@ -150,6 +159,7 @@ __all__ = [
     "Tokens",
     "TransferInterrupted",
     "TransportError",
+    "TrimmedMean",
     "VersionMismatch",
     "Work",
 ]

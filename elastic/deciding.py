@@ -37,6 +37,7 @@ from .messages import (
     Propose,
     RoundFailed,
     RunProgress,
+    Short,
     Withdraw,
 )
 from .planning import Routes
@@ -299,6 +300,9 @@ class Rounds:
             self._fail(operation, f"its root {operation.spec.root} is not there; there are: {', '.join(giving)}")
             return
         plan = self._plan(operation, giving)
+        if len(plan.names) < operation.spec.needs:
+            self._tell_short(operation, plan.names)
+            return
         receivers = tuple(sorted(names - set(giving)))
         operation.attempt += 1
         self._attempts[operation.tag] = (operation.round, operation.attempt)
@@ -310,6 +314,20 @@ class Rounds:
         for name in (*plan.names, *receivers):
             self._roster.send(name, begin)
         self._emit_start(operation, plan.names)
+
+    def _tell_short(self, operation: Operation, names: tuple[str, ...]) -> None:
+        """The round would begin, but what combines these contributions means nothing with so few: it waits for more."""
+        spec = operation.spec
+        reason = f"{len(names)} can contribute to the round, and {spec.algorithm} needs {spec.needs}"
+        if reason == operation.short:
+            return
+        if not operation.short:
+            fields = {"tag": operation.tag, "round": operation.round, "contributors": list(names)}
+            self._roster.emit("round.short", **fields, needs=spec.needs, algorithm=spec.algorithm)
+        operation.short = reason
+        for name in operation.proposals:
+            short = self._roster.stamp(Short, tag=operation.tag, round=operation.round, reason=reason)
+            self._roster.send(name, short)
 
     def _plan(self, operation: Operation, giving: tuple[str, ...]) -> Plan:
         """The way that this attempt goes; told when it is another than the last time."""

@@ -50,6 +50,7 @@ class OperationSpec:
     fragments: of an outer loop's state; each round moves one of them, so that the elements of proposals may differ.
     op: sum, mean, min, max; broadcast (from peer `root`), all_gather. gather_wire: "" for the same as wire.
     dtype, shape: of the callers' tensors. carried: the dtype in which they travel; "" for the same.
+    needs: with fewer contributors a round means nothing, and waits for more; 0: any number will do.
     """
 
     op: str
@@ -63,6 +64,7 @@ class OperationSpec:
     algorithm: str = ""
     fingerprint: str = ""
     fragments: int = 1
+    needs: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -375,6 +377,15 @@ class Open(Message):
 
     tag: str
     round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Short(Message):
+    """The round could begin, but for the contributors that it needs: it waits, and `reason` says for what."""
+
+    tag: str
+    round: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -726,6 +737,6 @@ FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute, AuditReport, SelfTest,
+        StatusReport, Recompute, AuditReport, SelfTest, Short,
     )
 }  # fmt: skip

@@ -38,6 +38,7 @@ from .messages import (
     Propose,
     Refused,
     RoundFailed,
+    Short,
     Withdraw,
 )
 from .runstate import LINEAGE
@@ -134,6 +135,7 @@ class Operation:
         self._result: torch.Tensor | None = None
         self._ended: Identity | None = None
         self._attempts = 0
+        self._short = ""
         self._arrived: deque[Any] = deque()
 
     def run(self, timeout: float, at_most: Callable[[], float] = lambda: math.inf) -> Outcome:
@@ -175,7 +177,8 @@ class Operation:
     def _too_late(self) -> ElasticError:
         if self._silent_for() > ASK_AGAIN_SECONDS * 3:
             return CoordinatorUnavailable(f"the coordinator has not answered for {self._silent_for():.0f} s")
-        return NotEnoughPeers(f"{self._proposal.tag}: the round did not come together in time; are enough peers there?")
+        reason = self._short or "the round did not come together in time; are enough peers there?"
+        return NotEnoughPeers(f"{self._proposal.tag}: {reason}", peer=self._name)
 
     def _handle(self, message: Any) -> Outcome | None:
         match message:
@@ -185,6 +188,8 @@ class Operation:
                 self._acknowledge(message.abort)
             case Commit() if self._is_news(message, message.round):
                 return self._judge(message) if not self._is_earlier(message) else None
+            case Short():
+                self._short = message.reason
             case Base():
                 self.withdraw()
                 return Outcome(None, False, self._attempts, base=message)

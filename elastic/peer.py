@@ -89,11 +89,12 @@ from .messages import (
     RunProgress,
     SelfTest,
     SetTarget,
+    Short,
     View,
     Welcome,
     Withdraw,
 )
-from .operations import ASK_AGAIN_SECONDS, Inbox, Operation, Outcome, Renewed, refusal, segment_of
+from .operations import ASK_AGAIN_SECONDS, Executor, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .ranks import ALONE, Alone
 from .runstate import LINEAGE, RunState
 from .telemetry import Telemetry
@@ -889,14 +890,16 @@ class Peer:
             run=self.run, incarnation=self.incarnation, tag=tag, sequence=sequence, weight=weight, spec=spec, **fields
         )
 
-    def operation(self, proposal: Propose, buffers: Callable[[Begin], Buffers], inbox: Inbox) -> Operation:
-        """One proposal on its way to a commit; see `Operation`."""
+    def operation(
+        self, proposal: Propose, buffers: Callable[[Begin], Buffers], inbox: Inbox, group: Executor | None = None
+    ) -> Operation:
+        """One proposal on its way to a commit; see `Operation`. group: what executes attempts, by default its own."""
         return Operation(
             proposal,
             buffers,
             name=self.name,
             inbox=inbox,
-            group=self.group,
+            group=self.group if group is None else group,
             send=self.send,
             finished=self._finished.get(proposal.tag, (0, -1)),
             silent_for=self.silent_for,
@@ -1036,7 +1039,7 @@ class Peer:
                 self.data.inbox.put(message)
             case Refused() if not message.tag:
                 self.data.inbox.put(message)
-            case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Refused():
+            case Begin() | Cancel() | Commit() | RoundFailed() | Base() | Open() | Short() | Refused():
                 self._deliver(message)
 
     def _expulsion(self, message: Expelled) -> Evicted:

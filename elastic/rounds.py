@@ -34,7 +34,7 @@ class Operation:
     done, answered: in the current attempt, who holds a result (with its digest) and who has ended it.
     failures: link failures of the current attempt, by the peer that reported them.
     first_attempt: attempts below this one belonged to an earlier operation with the same round number.
-    lost: everybody that earlier attempts went on without.
+    lost: everybody that earlier attempts went on without. short: of what it has too few, as it was last told.
     """
 
     tag: str
@@ -57,6 +57,7 @@ class Operation:
     failures: dict[str, tuple[LinkFailure, ...]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
     withdrawn: set[str] = field(default_factory=set)
+    short: str = ""
 
     @property
     def outer(self) -> bool:
@@ -116,8 +117,8 @@ def mean_length(lengths: Iterable[tuple[float, float]]) -> float:
 def compared(spec: OperationSpec) -> tuple[str, ...]:
     """The fields of a spec in which all members of its operation must agree."""
     fields: tuple[str, ...] = ("algorithm", "fragments", "op", "root", "dtype", "elements", "shape")
-    fields += ("wire", "gather_wire", "carried", "fingerprint")
-    free = spec.op == "all_gather" or spec.fragments > 1
+    fields += ("wire", "gather_wire", "carried", "fingerprint", "needs")
+    free = (spec.op == "all_gather" and not spec.fingerprint) or spec.fragments > 1
     return tuple(field for field in fields if not (field == "elements" and free))
 
 

@@ -64,10 +64,11 @@ from .joining import Joining
 from .local import Local
 from .pace import Pace
 from .replica import Flight, Replica
-from .rule import Facts, Rule, check_delay
+from .robust import Combining, Robust, encoded_size
+from .rule import Facts, Rule, check_delay, check_robust
 from .saving import Saver
 from .serving import Shelf
-from .state import Layout, State
+from .state import Layout, Part, State
 from .weighting import Equal, Weighting
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ class OuterLoop:
     quantising. feedback: what becomes of its errors (`ErrorFeedback`, `EF21`, `EControl`). error_budget: to choose a
     format for each layer, such that their error is at most so many times that of `wire` everywhere (L-GreCo); one peer
     decides, anew every few rounds. weighting: how much contributions count; by default by tokens. buffers: "local", or
-    "average" to exchange floating point buffers, too.
+    "average" to exchange floating point buffers, too. combine: a rule for runs with peers that cannot be trusted
+    (`robust.py`), in place of the mean: every contribution goes to every peer, all count alike, and a round waits until
+    as many contribute as the rule needs.
     speed_matched: slower peers make fewer steps, so that all are ready at once (DyLU).
     max_staleness: a peer that missed more rounds of a fragment than this starts again from the outer parameters, and
     its samples are read again. keep_results: results of how many rounds are kept for peers that were left out of
@@ -172,6 +175,7 @@ class OuterLoop:
         weighting: Weighting | None = None,
         error_budget: float | None = None,
         buffers: str = "local",
+        combine: Robust | None = None,
         speed_matched: bool = False,
         max_staleness: int = 4,
         keep_results: int = 2,
@@ -186,8 +190,11 @@ class OuterLoop:
         if buffers not in ("local", "average"):
             raise ConfigurationError(f"buffers is {buffers!r}: choose 'local' or 'average'")
         self.cadence = cadence_of(sync_every)
-        rule = _ruled(make, Compression(wire=check_wire(wire), rotate=rotate), feedback or NoFeedback(), weighting)
+        rule = _ruled(
+            make, Compression(wire=check_wire(wire), rotate=rotate), feedback or NoFeedback(), weighting, combine
+        )
         check_delay(rule.delay, self.cadence, fragments)
+        check_robust(rule, buffers=buffers == "average", gather_wire=gather_wire)
         self.model, self.inner, self.peer, self.tag = model, inner, peer, tag
         self.speed_matched, self.wire = speed_matched, wire
         self.max_staleness, self.keep_results, self.timeout = max_staleness, keep_results, timeout
@@ -208,6 +215,10 @@ class OuterLoop:
         self.steps = 0
         self.last_commit: Commit | None = None
         self.pace = Pace()
+        if combine and error_budget is not None:
+            raise ConfigurationError(
+                f"{combine.description} does not go with error_budget: one peer would decide for all"
+            )
         self._allotting = Allotting(wire, error_budget) if error_budget is not None else None
         self._counts = dict.fromkeys(("rounds", "contributed", "refused", "bytes_offered"), 0)
         self._seen: State | None = None
@@ -539,7 +550,9 @@ class OuterLoop:
         self.pace.launched()
         result = torch.empty_like(flight.payload)
         proposal = self._proposal(flight)
-        operation = self.peer.operation(proposal, lambda _: (flight.payload, result), self._inbox)
+        operation = self.peer.operation(
+            proposal, lambda _: (flight.payload, result), self._inbox, **self._combining(flight)
+        )
         patience = self.peer.patience(self.timeout)
         assert self._shelf is not None
         self._exchange = Exchange(
@@ -556,16 +569,29 @@ class OuterLoop:
         else:
             self._exchange.start()
 
+    def _combining(self, flight: Flight) -> dict[str, Any]:
+        """What executes the attempts, if it is not the group alone."""
+        rule, part = self.replica.rule, self.layout.parts[flight.fragment]
+        if rule.robust is None:
+            return {}
+        wire, version = rule.compression.wire, flight.base.number
+        left_out = partial(self._left_out, version)
+        return {"group": Combining(self.peer.group, self.peer.name, rule.robust, wire, part.averaged, left_out)}
+
+    def _left_out(self, version: int, names: list[str]) -> None:
+        self.peer.events.emit("contribution.left_out", tag=self.tag, version=version, peers=names)
+
     def _committed(self, sent: torch.Tensor, operation: Operation, commit: Commit, mean: torch.Tensor) -> None:
         """With this peer's contribution; in whichever thread the exchange runs."""
         assert self._shelf is not None
         self._shelf.offer_result(commit, mean)
-        share = share_of(operation.start_order, self.peer.name) if operation.start_order else 0.0
+        summed = operation.start_order and self.replica.rule.robust is None
+        share = share_of(operation.start_order, self.peer.name) if operation.start_order and summed else 0.0
         self.peer.telemetry.contributed(self.tag, commit.version, sent, mean, share)
 
     def _proposal(self, flight: Flight) -> Propose:
         part = self.layout.parts[flight.fragment]
-        spec = replace(self.spec, elements=part.elements)
+        spec = replace(self.spec, elements=_extent(self.replica.rule, part))
         self._counts["bytes_offered"] += self.replica.rule.compression.size(part.elements)
         return self.peer.proposal(
             self.tag,
@@ -669,9 +695,8 @@ class OuterLoop:
 
     def _travelled(self, exchange: Exchange) -> Compression:
         """How the contribution went in the attempt that this peer finished last."""
-        start = exchange.start_order
-        compression = self.replica.rule.compression
-        return compression.of(start) if start else compression
+        start, rule = exchange.start_order, self.replica.rule
+        return rule.compression.of(start) if start and rule.robust is None else rule.compression
 
     def _count(self, proposal: Propose) -> None:
         """The run has counted this contribution."""
@@ -968,23 +993,36 @@ def _check_whole(**values: Any) -> None:
 
 
 def _ruled(
-    make: Callable[..., Rule], compression: Compression, feedback: Feedback, weighting: Weighting | None
+    make: Callable[..., Rule],
+    compression: Compression,
+    feedback: Feedback,
+    weighting: Weighting | None,
+    robust: Robust | None,
 ) -> Rule:
-    if weighting is None and feedback.slots:
+    if weighting is None and (feedback.slots or robust):
         weighting = Equal()  # what is kept of every peer adds up only if it counts the same each time
-    options = {} if weighting is None else {"weighting": weighting}
+    options: dict[str, Any] = {} if weighting is None else {"weighting": weighting}
+    if robust is not None:
+        options["robust"] = robust
     return make(compression=compression, feedback=feedback, **options)
+
+
+def _extent(rule: Rule, part: Part) -> int:
+    """Elements of a contribution to this fragment: numbers, or, where every peer gets it as it is, bytes."""
+    return encoded_size(part.elements, rule.compression.wire) if rule.robust else part.elements
 
 
 def _specified(rule: Rule, layout: Layout, gathered: str) -> OperationSpec:
     """What all peers must agree on."""
-    wire = rule.compression.wire
+    wire = "raw" if rule.robust else rule.compression.wire
     return OperationSpec(
-        op=rule.combine,
+        op="all_gather" if rule.robust else rule.combine,
         dtype="float32",
-        elements=layout.elements,
+        carried="uint8" if rule.robust else "",
+        needs=rule.robust.needs if rule.robust else 0,
+        elements=sum(_extent(rule, part) for part in layout.parts),
         wire=wire,
-        gather_wire=gathered if gathered != wire else "",
+        gather_wire=gathered if gathered != wire and not rule.robust else "",
         algorithm=rule.description,
         fingerprint=layout.fingerprint,
         fragments=len(layout.parts),

@@ -239,16 +239,16 @@ def norm(vector: torch.Tensor) -> float:
     """The Euclidean norm in double precision, the same bits everywhere: a library's sum may add in any order."""
     total = 0.0
     for piece in torch.split(vector, _PIECE) if vector.numel() else ():
-        total += _folded(piece.double().square())
+        total += float(folded(piece.double().square()))
     return float(torch.tensor(total, dtype=torch.float64).sqrt())
 
 
-def _folded(numbers: torch.Tensor) -> float:
-    """The sum, by adding halves element by element."""
-    while numbers.numel() > 1:
-        half = numbers.numel() // 2
-        rest = numbers[2 * half :]
-        numbers = torch.add(numbers[:half], numbers[half : 2 * half])
+def folded(numbers: torch.Tensor) -> torch.Tensor:
+    """The sums over the last dimension, by adding halves element by element: the same bits everywhere."""
+    while numbers.shape[-1] > 1:
+        half = numbers.shape[-1] // 2
+        rest = numbers[..., 2 * half :]
+        numbers = torch.add(numbers[..., :half], numbers[..., half : 2 * half])
         if rest.numel():
-            numbers[0] += rest[0]
-    return float(numbers[0]) if numbers.numel() else 0.0
+            numbers[..., :1] += rest
+    return numbers[..., 0] if numbers.shape[-1] else numbers.new_zeros(numbers.shape[:-1])

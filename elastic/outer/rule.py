@@ -16,6 +16,7 @@ from .cadence import Cadence
 from .compression import Compression
 from .feedback import Feedback, NoFeedback
 from .optimizers import Nesterov, OuterOptimizer
+from .robust import Robust
 from .state import Part, Version
 from .weighting import Tokens, Weighting
 
@@ -45,7 +46,8 @@ class Rule:
     takes_out: what is sent leaves the local parameters at once, which go on from the outer ones.
     eager: a peer's own contribution acts at once, the others' when they arrive.
     directional: contributions travel as directions, and their lengths apart from them.
-    combine: how contributions become one, as an operation of the data plane.
+    combine: how contributions become one, as an operation of the data plane. robust: the rule by which they do instead,
+    if some may be bad: then every peer gets all of them.
     replicated: whether the outer state is bit-identical on all peers (gossip loops will say False).
     """
 
@@ -60,15 +62,19 @@ class Rule:
     eager: bool = False
     directional: bool = False
     combine: str = "mean"
+    robust: Robust | None = None
     replicated: bool = True
 
     @property
     def description(self) -> str:
         """All that peers must agree on, beside wire and fragments."""
         parts = [self.outer.description, *self._options()]
-        for part, usual in ((self.feedback.description, "none"), (self.weighting.description, "tokens")):
+        weighted = "equal" if self.robust else "tokens"
+        for part, usual in ((self.feedback.description, "none"), (self.weighting.description, weighted)):
             parts += [part] if part != usual else []
         parts += ["hadamard"] if self.compression.rotate else []
+        if self.robust:
+            parts += [self.robust.description, self.compression.wire]
         return f"{self.name}({', '.join(parts)})"
 
     def _options(self) -> list[str]:
@@ -113,6 +119,31 @@ class Rule:
     def merge(self, local: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
         """What the local parameters become once a round with this peer's contribution is applied."""
         return torch.add(torch.mul(local, self.mix), torch.mul(outer, 1.0 - self.mix))
+
+
+def check_robust(rule: Rule, *, buffers: bool = False, gather_wire: str | None = None) -> None:
+    """ConfigurationError if a robust rule is asked for with what would need a mean, or trust."""
+    if rule.robust is None:
+        return
+    if not isinstance(rule.robust, Robust):
+        raise ConfigurationError(
+            f"combine is {rule.robust!r}: it must be a rule such as elastic.TrimmedMean(byzantine=1)"
+        )
+    wrong = {
+        "eager=True: the own contribution acts at once as its part of a mean, and here nobody has one": rule.eager,
+        "rda=True: lengths would be taken as peers claim them": rule.directional,
+        f"{rule.feedback.description}: estimates add up to that of a mean only; use ErrorFeedback": rule.feedback.slots,
+        f"weighting by {rule.weighting.description}: what peers claim must not buy influence; all count alike": (
+            rule.weighting.description != "equal"
+        ),
+        "gather_wire: every contribution goes to every peer as it is, and no result travels": gather_wire is not None,
+        'rotate=True with buffers="average": rotated buffers cannot be told from parameters': (
+            buffers and rule.compression.rotate
+        ),
+    }
+    for what, asked in wrong.items():
+        if asked:
+            raise ConfigurationError(f"{rule.robust.description} does not go with {what}")
 
 
 def check_delay(delay: int, cadence: Cadence, fragments: int) -> None:

@@ -2,7 +2,8 @@
 
 For quality studies and property tests, and for trying an algorithm out. What is exchanged goes through the real wire
 formats, is summed in the order of the replicas in float32, divided, and rounded once more for the way back, as the
-data plane's direct pattern does it; every peer gets the same bits.
+data plane's direct pattern does it; every peer gets the same bits. With a robust rule it goes to all, and is combined;
+with fewer than that needs nothing is applied, and what was learned stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from ..tensors import gathered_in
 from .cadence import Cadence, Moment, cadence_of
 from .compression import Compression
 from .replica import Flight, Replica
-from .rule import Facts, Rule, check_delay
+from .robust import Contributions, combined, encoded
+from .rule import Facts, Rule, check_delay, check_robust
 from .state import HOST, Layout
 
 
@@ -45,6 +47,7 @@ class Simulator:
     ) -> None:
         self.rule, self.cadence, self.received = rule, cadence_of(sync_every), received
         check_delay(rule.delay, self.cadence, fragments)
+        check_robust(rule, buffers=buffers, gather_wire=gather_wire)
         wire = rule.compression.wire
         self.gather = Compression(wire=(gathered_in(wire) if gather_wire is None else gather_wire) or wire)
         self.max_staleness = max_staleness
@@ -104,7 +107,7 @@ class Simulator:
         turn = len(self.rounds)
         giving = {i: f for i, f in flights.items() if f.weight > 0 and f.finite and self.received(turn, i)}
         self.rounds.append((self.number, tuple(giving)))
-        if not giving:
+        if len(giving) < (self.rule.robust.needs if self.rule.robust else 1):
             for replica in self.replicas:
                 replica.abort()
             return
@@ -129,6 +132,8 @@ class Simulator:
 
     def _mean(self, flights: list[Flight]) -> torch.Tensor:
         wire = Compression(wire=self.rule.compression.wire)  # what is sent has been rotated by then
+        if self.rule.robust:
+            return self._combined(flights, wire)
         multipliers, divisor = scalars("mean", (flight.weight for flight in flights))
         total = torch.zeros_like(flights[0].payload)
         for index, (flight, multiplier) in enumerate(zip(flights, multipliers, strict=True)):
@@ -137,3 +142,13 @@ class Simulator:
             total = term if index == 0 else torch.add(total, term)
         mean = torch.div(total, divisor) if divisor != 1 else total
         return self.gather.approximated(mean)
+
+    def _combined(self, flights: list[Flight], wire: Compression) -> torch.Tensor:
+        assert self.rule.robust is not None
+        payloads = [flight.payload for flight in flights]
+        self.sent += sum(wire.size(payload.numel()) for payload in payloads)
+        given = tuple(encoded(payload, wire.wire) for payload in payloads)
+        result = torch.empty_like(payloads[0])
+        averaged = self.replicas[0].layout.parts[flights[0].fragment].averaged
+        combined(self.rule.robust, Contributions(given, result.numel(), wire.wire), averaged, result)
+        return result

@@ -150,6 +150,39 @@ def test_a_death_in_mid_attempt_costs_one_more_attempt_of_the_same_round_and_no_
     assert world.now == before and [fields["lost"] for fields in events(world, "round.shrunk")] == [["c"]]
 
 
+@pytest.fixture
+def needs_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of the membership's stories combines so that it needs three contributors."""
+    monkeypatch.setattr(simulation, "OUTER_SPEC", replace(OUTER_SPEC, algorithm="diloco, median", needs=3))
+
+
+def test_a_round_waits_until_as_many_contribute_as_it_needs(needs_three: None) -> None:
+    world, peers = training("abcd", quorum=0.4)
+    propose(world, peers["a"], peers["b"])
+    assert not events(world, "round.short"), "it would not have begun yet"
+    wait(world, 5, *peers.values())  # grace is over
+    assert not events(world, "round.started")
+    propose(world, peers["c"])
+    talk(world)
+    exchange(world)
+    (record,) = commits(world)
+    assert record.contributors == ("a", "b", "c")
+    (short,) = events(world, "round.short")
+    assert (short["contributors"], short["needs"], short["algorithm"]) == (["a", "b"], 3, "diloco, median")
+
+
+def test_a_round_that_has_shrunk_below_its_need_is_not_committed(needs_three: None) -> None:
+    world, peers = training()
+    propose(world, *peers.values())
+    talk(world)
+    world.die(peers["c"])
+    exchange(world, peers["a"], peers["b"])
+    wait(world, 40, peers["a"], peers["b"])
+    talk(world, peers["a"], peers["b"])
+    assert events(world, "round.shrunk") and not commits(world)
+    assert len(events(world, "round.short")) == 1, "told once"
+
+
 def test_with_one_link_cut_all_three_contribute() -> None:
     world, peers = training()
     world.cuts = {frozenset("ab")}
