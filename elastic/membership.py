@@ -42,6 +42,7 @@ from .leases import Leasing
 from .loops import OuterLoops
 from .messages import (
     PROTOCOL,
+    SUPERSEDED,
     Applied,
     AuditReport,
     AuditRequest,
@@ -212,7 +213,7 @@ class Membership:
         if state is not None and state.member.incarnation != incarnation:
             if message.generation:  # a successor follows nobody yet: an old life, known to a journal that is lost
                 return
-            self._depart(name, "another life of this name has joined", now)
+            self._depart(name, SUPERSEDED, now)
             state = None
         if state is None:
             self._admit(message, now)

@@ -22,6 +22,7 @@ from fault.records import Crossing, Gave
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_INTEGER = (1 << 63) - 1
+SUPERSEDED = "another life of this name has joined"
 STREAM = -1  # in place of a dataset's samples: their number is not known before its end
 _SCALARS = (str, int, float, bool, bytes)
 _Read = Callable[[Any], Any]
