@@ -111,8 +111,8 @@ class PeerHost:
         """Runs the training function to its end and leaves the run."""
         assert self._peer is not None, "join first"
         try:
-            function = load_function(Path(self._spec.script), self._spec.function)
             with self._peer as peer:
+                function = load_function(Path(self._spec.script), self._spec.function)
                 result = function(peer, self._spec.config)
                 carried = peer.statistics().group
             return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)

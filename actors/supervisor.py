@@ -2,7 +2,8 @@
 
 Ray reports a crash within milliseconds and a hang never; so the supervisor asks each peer regularly, and ends one that
 does not answer for `hang_seconds`. It proves a death to the coordinator, which decides what it means. When and where
-the next life begins is for `restarts` to say. It moves no tensors and decides nothing about rounds.
+the next life begins is for `restarts` to say. A peer that is given up may go on at another site: the coordinator offers
+its place to supervisors that have room. It moves no tensors and decides nothing about rounds.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import ray
 from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic.errors import ElasticError, Evicted
+from elastic.errors import ConfigurationError, ElasticError, Evicted
 from elastic.events import EventLog
-from elastic.messages import SUPERSEDED
-from elastic.peer import prove_gone
+from elastic.messages import SUPERSEDED, GivenUp, Vacancy
+from elastic.siteline import SiteLine
 
 from .local_ray import error_line
 from .logs import tail
@@ -40,11 +41,12 @@ class NoRoom(ElasticError):
 class Charge:
     """One peer in the supervisor's care. state: starting, running, restarting, finished or failed.
 
-    incarnation: of its last life that the run has admitted; 0: none.
+    incarnation: of its last life that the run has admitted; 0: none. guest: it was another supervisor's before.
+    given_up: why no further life begins here, if the coordinator needs to know.
     """
 
-    def __init__(self, spec: PeerSpec, policy: RestartPolicy) -> None:
-        self.spec = spec
+    def __init__(self, spec: PeerSpec, policy: RestartPolicy, *, guest: bool = False) -> None:
+        self.spec, self.guest = spec, guest
         self.state = "starting"
         self.lives = 0
         self.incarnation = 0
@@ -54,7 +56,8 @@ class Charge:
         self.log_node = ""
         self.actor: Any = None
         self.trained: Trained | None = None
-        self.error = ""
+        self.error = self.given_up = ""
+        self.task: asyncio.Task[None] | None = None
         self.restarts = Restarts(policy)
 
     @property
@@ -64,6 +67,11 @@ class Charge:
     @property
     def done(self) -> bool:
         return self.state in ("finished", "failed")
+
+    @property
+    def arriving(self) -> bool:
+        """A guest that the run has not admitted yet."""
+        return self.guest and not self.incarnation and not self.given_up and not self.done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,27 +96,97 @@ class ChargeReport:
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class SiteSupervisor:
-    """Keeps the peers of one site alive. An async actor: it answers while it watches."""
+    """Keeps the peers of one site alive. An async actor: it answers while it watches.
 
-    def __init__(self, specs: list[PeerSpec], policy: RestartPolicy, events: EventLogSpec) -> None:
+    room: how many peers it can host beyond its own, should other supervisors give theirs up. template: how such a peer
+    is started, but for its name; by default as the first of `specs`. All are of one run and site.
+    """
+
+    def __init__(
+        self,
+        specs: list[PeerSpec],
+        policy: RestartPolicy,
+        events: EventLogSpec,
+        *,
+        room: int = 0,
+        template: PeerSpec | None = None,
+    ) -> None:
+        self._template = _template(specs, template, room)
         self._charges = {spec.name: Charge(spec, policy) for spec in specs}
-        self._policy = policy
+        self._policy, self._room = policy, room
         self._events = EventLog(events.path, run=events.run)
-        self._tasks: list[asyncio.Task[None]] = []
+        self._line: SiteLine | None = None
 
     async def start(self) -> None:
         """Starts every peer; returns at once."""
-        self._tasks = [asyncio.create_task(self._keep(charge)) for charge in self._charges.values()]
+        loop, about = asyncio.get_running_loop(), self._template
+
+        def offered(vacancy: Vacancy) -> None:
+            loop.call_soon_threadsafe(self._offered, vacancy)
+
+        self._line = SiteLine(
+            about.coordinator,
+            about.run,
+            about.site,
+            on_vacancy=offered,
+            every=about.timeouts.heartbeat,
+            patience=2 * about.timeouts.chunk,
+        )
+        self._say()
+        for charge in self._charges.values():
+            charge.task = asyncio.create_task(self._keep(charge))
 
     async def report(self) -> list[ChargeReport]:
         return [_report(charge) for charge in self._charges.values()]
 
     async def stop(self) -> None:
         """Ends every peer at once and starts none again."""
-        for task in self._tasks:
-            task.cancel()
+        if self._line is not None:
+            await asyncio.to_thread(self._line.close)
         for charge in self._charges.values():
-            _end(charge)
+            _stop(charge)
+
+    # --- guests -----------------------------------------------------------------------------------------------------
+
+    def _say(self) -> None:
+        """What the coordinator is to know of this site, as it is now."""
+        charges = self._charges.values()
+        hosted = sum(charge.guest and not charge.done for charge in charges)
+        given_up = [GivenUp(name=c.name, ended=c.incarnation, reason=c.given_up) for c in charges if c.given_up]
+        assert self._line is not None, "start first"
+        self._line.tell(
+            room=max(0, self._room - hosted),
+            given_up=tuple(given_up),
+            taking=tuple(charge.name for charge in charges if charge.arriving),
+        )
+
+    def _offered(self, vacancy: Vacancy) -> None:
+        charge = self._charges.get(vacancy.name)
+        if not vacancy.free:
+            self._not_free(charge)
+        elif charge is None or charge.done:
+            self._take(vacancy.name)
+        elif not charge.arriving and self._line is not None:
+            self._line.decline(vacancy.name)
+
+    def _take(self, name: str) -> None:
+        assert self._line is not None, "start first"
+        if sum(charge.guest and not charge.done for charge in self._charges.values()) >= self._room:
+            self._line.decline(name)
+            return
+        charge = Charge(replace(self._template, name=name, fault=None), self._policy, guest=True)
+        self._charges[name] = charge
+        self._events.emit("vacancy.taken", peer=name)
+        charge.task = asyncio.create_task(self._keep(charge))
+        self._say()
+
+    def _not_free(self, charge: Charge | None) -> None:
+        """It took too long here, or another life came first: it must not expel that one."""
+        if charge is not None and charge.arriving:
+            _stop(charge)
+            del self._charges[charge.name]
+            self._events.emit("vacancy.left", peer=charge.name)
+            self._say()
 
     # --- lives ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +195,7 @@ class SiteSupervisor:
             try:
                 await self._live_and_die(charge)
             except Exception as error:  # whatever it is: a peer that nobody keeps must not look as if it ran
-                await self._give_up(charge, error_line(error))
+                await self._give_up(charge, error_line(error), vacant=True)
 
     async def _live_and_die(self, charge: Charge) -> None:
         try:
@@ -129,7 +207,7 @@ class SiteSupervisor:
                 raise  # its next life would fail in the same way
             await self._died(charge, error)
         except NoRoom as error:
-            await self._give_up(charge, error_line(error))
+            await self._give_up(charge, error_line(error), vacant=True)
         finally:
             _end(charge)
 
@@ -140,10 +218,12 @@ class SiteSupervisor:
         charge.restarts.began(charge.process.node)
         charge.life = await self._answer(charge, charge.actor.join.remote())
         charge.incarnation, charge.state = charge.life.incarnation, "running"
+        self._say()
         where = {"pid": charge.process.pid, "node": charge.process.node}
         self._events.emit("peer.started", peer=charge.name, life=charge.lives, **where)
         charge.trained = await self._answer(charge, charge.actor.train.remote())
         charge.state = "finished"
+        self._say()
 
     async def _answer(self, charge: Charge, call: Any) -> Any:
         """What the call returns, or raises; GetTimeoutError if the process says nothing meanwhile."""
@@ -203,13 +283,9 @@ class SiteSupervisor:
         if node and node not in await asyncio.to_thread(_nodes):
             evidence = "its node is gone"
         _end(charge)
-        if charge.life is not None:
-            await self._prove(charge, charge.life, evidence)
+        if charge.life is not None and self._line is not None:
+            self._line.prove_gone(charge.name, charge.life.incarnation, evidence)
         await self._count(charge, node, evidence, error)
-
-    async def _prove(self, charge: Charge, life: Life, evidence: str) -> None:
-        spec = charge.spec
-        await asyncio.to_thread(prove_gone, spec.coordinator, spec.run, charge.name, life.incarnation, evidence)
 
     async def _raised(self, charge: Charge, error: Exception) -> None:
         """With an exception: it may ask for another life; any other would be raised again."""
@@ -226,7 +302,7 @@ class SiteSupervisor:
         self._events.emit("peer.lost", peer=charge.name, life=charge.lives, evidence=evidence, node=node)
         verdict = charge.restarts.died(node, evidence, time.monotonic())
         if isinstance(verdict, GiveUp):
-            await self._give_up(charge, f"{verdict.reason}: {error_line(error)}")
+            await self._give_up(charge, f"{verdict.reason}: {error_line(error)}", vacant=True)
         else:
             await self._restart(charge, verdict.after, evidence)
 
@@ -237,13 +313,18 @@ class SiteSupervisor:
         self._events.emit("peer.restarted", peer=charge.name, life=charge.lives + 1, after=after, reason=reason)
         await asyncio.sleep(after)
 
-    async def _give_up(self, charge: Charge, reason: str) -> None:
+    async def _give_up(self, charge: Charge, reason: str, *, vacant: bool = False) -> None:
+        """vacant: another site may do better. A life that raised has left the run, and would raise anywhere."""
+        if vacant:
+            charge.given_up = reason
+            self._say()
         lines = await _last_words(charge)
         said = f"\nthe last lines of {charge.log}:" + "".join(f"\n  {line}" for line in lines) if lines else ""
         self._events.emit(
             "peer.failed", peer=charge.name, reason=reason, lives=charge.lives, log=charge.log, said=lines
         )
         charge.state, charge.error = "failed", reason + said
+        self._say()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +345,24 @@ def _report(charge: Charge) -> ChargeReport:
         error=charge.error,
         node=charge.process.node if charge.process else "",
     )
+
+
+def _template(specs: list[PeerSpec], template: PeerSpec | None, room: int) -> PeerSpec:
+    if not specs and template is None:
+        raise ConfigurationError("a supervisor without peers of its own needs a template for those of others")
+    if room < 0:
+        raise ConfigurationError(f"room is {room}: it must be 0 (none) or more")
+    chosen = template or specs[0]
+    for spec in specs:
+        if (spec.coordinator, spec.run, spec.site) != (chosen.coordinator, chosen.run, chosen.site):
+            raise ConfigurationError(f"peers {chosen.name} and {spec.name} are not of the same run and site")
+    return chosen
+
+
+def _stop(charge: Charge) -> None:
+    if charge.task is not None:
+        charge.task.cancel()
+    _end(charge)
 
 
 def _end(charge: Charge) -> None:

@@ -312,6 +312,30 @@ class Gone(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """A peer of which its supervisor starts no further life. ended: its last incarnation; 0: it never joined."""
+
+    name: str
+    ended: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport(Message):
+    """What the supervisor of a site has to say, the whole of it each time; the answer is a Pong.
+
+    room: how many peers it can host beyond those that it has and that it takes up. taking: peers whose places it was
+    offered, and whose lives it is about to start. declined: offers that it cannot take; said once to each.
+    """
+
+    site: str
+    room: int = 0
+    given_up: tuple[GivenUp, ...] = ()
+    taking: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusRequest(Message):
     pass
 
@@ -497,8 +521,16 @@ class Expelled(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vacancy(Message):
+    """To a supervisor: the place of peer `name` is free, and it may start its next life. Not free: not any more."""
+
+    name: str
+    free: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong(Message):
-    """Answers a heartbeat: the coordinator lives."""
+    """Answers a heartbeat, or a site's report: the coordinator lives."""
 
     progress: RunProgress
 
@@ -696,13 +728,13 @@ FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
-        LinkLost, Gone, StatusRequest, Recomputed, SetTarget, AuditRequest,
+        LinkLost, Gone, SiteReport, StatusRequest, Recomputed, SetTarget, AuditRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute, AuditReport,
+        StatusReport, Recompute, AuditReport, Vacancy,
     )
 }  # fmt: skip
