@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,15 @@ from elastic.config import Timeouts
 from elastic.peer import Peer
 from fault.inject import Injection, strike
 
+from .logs import KeptLog
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpec:
     """What a supervisor needs to start a life of a peer.
 
-    script: Python file with the training function `function(peer, config)`. faults: injected into the first life.
+    script: Python file with the training function `function(peer, config)`. fault: injected into the first life.
+    logs_dir: folder for what each life prints; by default `logs` in events_dir, and without either nothing is kept.
     """
 
     coordinator: str
@@ -35,18 +39,31 @@ class PeerSpec:
     listen: str = "127.0.0.1:0"
     timeouts: Timeouts = field(default_factory=Timeouts)
     events_dir: str | None = None
+    logs_dir: str | None = None
     fault: Injection | None = None
     fault_log: str | None = None
+
+    def log(self, life: int) -> str | None:
+        """The file for what this life prints. life: as its supervisor counts."""
+        folder = self.logs_dir or (self.events_dir and str(Path(self.events_dir) / "logs"))
+        return str(Path(folder) / f"{self.name}.{life}.log") if folder else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Where a life runs. node: as Ray knows it."""
+
+    node: str
+    pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Life:
-    """Which life of a peer an actor holds, and where it runs."""
+    """Which life of a peer an actor holds, as the run counts."""
 
     name: str
     incarnation: int
     life: int
-    pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +75,25 @@ class Trained:
 
 
 class PeerHost:
-    """`train` occupies its own concurrency group, so that control calls are answered meanwhile."""
+    """First `join`, then `train`: they have a concurrency group of their own, so that `process` is answered meanwhile.
 
-    def __init__(self, spec: PeerSpec) -> None:
+    log: file that keeps what this process prints.
+    """
+
+    def __init__(self, spec: PeerSpec, log: str | None = None) -> None:
+        self._log = KeptLog(Path(log)) if log else None
         self._spec = spec
-        self._peer = Peer(
+        self._peer: Peer | None = None
+
+    @ray.method(concurrency_group="control")
+    def process(self) -> Process:
+        return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+
+    @ray.method(concurrency_group="train")
+    def join(self) -> Life:
+        """Returns once the run has admitted this life; raises what `Peer` does."""
+        spec = self._spec
+        self._peer = peer = Peer(
             spec.coordinator,
             run=spec.run,
             name=spec.name,
@@ -73,20 +104,24 @@ class PeerHost:
             events_dir=spec.events_dir,
             observe=_observer(spec),
         )
-
-    @ray.method(concurrency_group="control")
-    def life(self) -> Life:
-        peer = self._peer
-        return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life, pid=os.getpid())
+        return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life)
 
     @ray.method(concurrency_group="train")
     def train(self) -> Trained:
         """Runs the training function to its end and leaves the run."""
-        function = load_function(Path(self._spec.script), self._spec.function)
-        with self._peer as peer:
-            result = function(peer, self._spec.config)
-            carried = peer.statistics().group
-        return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
+        assert self._peer is not None, "join first"
+        try:
+            with self._peer as peer:
+                function = load_function(Path(self._spec.script), self._spec.function)
+                result = function(peer, self._spec.config)
+                carried = peer.statistics().group
+            return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
+        except Exception:
+            traceback.print_exc()  # its last words, too
+            raise
+        finally:
+            if self._log:
+                self._log.flush()
 
 
 _OPTIONS: dict[str, Any] = {

@@ -334,7 +334,8 @@ class Demo:
         import ray
 
         from actors.coordinator import CoordinatorActor
-        from actors.supervisor import EventLogSpec, RestartPolicy, SiteSupervisor
+        from actors.restarts import RestartPolicy
+        from actors.supervisor import EventLogSpec, SiteSupervisor
 
         s, log = self.settings, self.settings.out / "events"
         policy = RunPolicy(min_peers=max(1, s.peers - 1), rounds=s.rounds)
@@ -375,6 +376,7 @@ class Demo:
             config=config,
             stripes=s.stripes,
             events_dir=str(s.out / "events"),
+            logs_dir=str(s.out / "logs"),
             fault=fault if s.kill and name == s.victim else None,
             fault_log=str(s.out / "events" / "faults.jsonl"),
         )
@@ -448,7 +450,7 @@ class Demo:
                 tokens_per_second=None,
                 round=self._held.get(charge.name, (0, ""))[0] if charge.trained else kept.round if kept else 0,
                 bytes_sent=kept.bytes_sent if kept else 0,
-                note=charge.error,
+                note=charge.reason,
             )
         status = member.status
         return PeerRow(
@@ -517,7 +519,7 @@ class Demo:
 
 
 def _failure(charge: ChargeReport) -> str:
-    """Why the run is not a success for this peer, in a line; empty if it is."""
+    """Why the run is not a success for this peer, and what it said last; empty if it is one."""
     if charge.state == "failed":
         return f"{charge.name}: {charge.error}"
     if charge.trained is not None and charge.trained.result["version"] < 0:

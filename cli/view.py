@@ -311,6 +311,26 @@ def released(event: Event) -> str:
     return f"{field(event, 'peer')} gave back its shards {joined(event.get('shards'))}"
 
 
+def reassigned(event: Event) -> str:
+    return f"{field(event, 'peer')} reads on in shard {field(event, 'shard')}, which was {field(event, 'before')}'s"
+
+
+def vacant(event: Event) -> str:
+    return f"the place of {field(event, 'peer')} is free: {field(event, 'reason')}"
+
+
+def offered(event: Event) -> str:
+    return f"the place of {field(event, 'peer')} is offered to site {field(event, 'site')}"
+
+
+def filled(event: Event) -> str:
+    return f"{field(event, 'peer')} goes on at site {field(event, 'site')}"
+
+
+def closed(event: Event) -> str:
+    return f"the place of {field(event, 'peer')} is closed: {field(event, 'reason')}"
+
+
 WORDS: dict[str, Callable[[Event], str]] = {
     "round.committed": committed,
     "round.shrunk": shrunk,
@@ -326,6 +346,11 @@ WORDS: dict[str, Callable[[Event], str]] = {
     "peer.left": left,
     "coordinator.started": serving,
     "shard.released": released,
+    "shard.reassigned": reassigned,
+    "vacancy.opened": vacant,
+    "vacancy.offered": offered,
+    "vacancy.filled": filled,
+    "vacancy.closed": closed,
 }
 
 

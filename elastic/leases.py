@@ -21,7 +21,7 @@ class Leasing:
     """The run's data, if it has any.
 
     proposals: of all rounds under way, with the names of those who made them. orphaned: since when names that hold
-    shards are no members.
+    shards are no members. given_back: who held shards before that are free now.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Leasing:
         self._roster, self._timeouts, self._proposals = roster, timeouts, proposals
         self.table: ShardTable | None = None
         self._orphaned: dict[str, float] = {}
+        self._given_back: dict[int, str] = {}
 
     def lease(self, name: str, message: LeaseRequest) -> None:
         """Answers with the shards that are the peer's; it gets one more if it has begun on all it has."""
@@ -91,6 +92,10 @@ class Leasing:
         shard = table.offer(doubt)
         if shard is not None and not set(table.held_by(name)) - holding:
             self._roster.record(Leased(name=name, shards=(shard,)))
+            before = self._given_back.pop(shard, name)
+            if before != name:
+                cursor = table.cursors[shard]
+                self._roster.emit("shard.reassigned", shard=shard, peer=name, before=before, cursor=cursor)
 
     def _in_doubt(self, table: ShardTable) -> set[int]:
         """Shards that the contribution of a life gone by may yet move (rule 8): not read until that is decided.
@@ -114,6 +119,7 @@ class Leasing:
         self._orphaned.pop(name, None)
         if self.table and self.table.held_by(name):
             self._roster.emit("shard.released", peer=name, shards=self.table.held_by(name))
+            self._given_back |= dict.fromkeys(self.table.held_by(name), name)
             self._roster.record(Released(name=name))
 
     # --- whose lease goes on without them ---------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from .leases import Leasing
 from .loops import OuterLoops
 from .messages import (
     PROTOCOL,
+    SUPERSEDED,
     Applied,
     AuditReport,
     AuditRequest,
@@ -53,6 +54,7 @@ from .messages import (
     Exit,
     Expelled,
     FailedReport,
+    GivenUp,
     Gone,
     Heartbeat,
     Join,
@@ -68,6 +70,7 @@ from .messages import (
     RunProgress,
     SelfTest,
     SetTarget,
+    SiteReport,
     StatusReport,
     StatusRequest,
     View,
@@ -77,6 +80,7 @@ from .messages import (
 from .roster import Effect, MemberState, Roster
 from .runstate import RunState
 from .shards import ShardTable
+from .vacancies import Vacancies
 from .watching import Watching, told, why
 
 _EVENTS = {
@@ -115,8 +119,10 @@ class Membership:
         )
         self.watching = Watching(self._roster)
         self.isolation = Isolation(policy.faults, policy.min_peers, timeouts.evict_after)
+        self._vacancies = Vacancies(self._roster, timeouts, release=self._leasing.release)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
         self.lives: dict[str, int] = {}
+        self.latest: dict[str, int] = {}
         self.retired: dict[int, str] = {}
         self.account = Account()
         self.tokens = self.elapsed = 0.0
@@ -173,6 +179,8 @@ class Membership:
             self._roster.send_to(name, message.incarnation, self.audit())
         elif isinstance(message, Gone):
             self._gone(message, now)
+        elif isinstance(message, SiteReport):
+            self._site_report(name, message, now)
         elif self._is_current(name, message):
             self._heard(name, now)
             self._dispatch(name, message, now)
@@ -187,6 +195,7 @@ class Membership:
         self.outer.judge_all(now)
         self.rounds.tick(now)
         self._leasing.tick(now)
+        self._vacancies.tick(now)
         self.watching.tick(self.rounds.cuts, now)
         self._isolate(now)
         self._roster.returning = {name: until for name, until in self._roster.returning.items() if now <= until}
@@ -200,7 +209,7 @@ class Membership:
             return
         for state in self.members.values():
             state.last_heard = now
-        for part in (self.rounds, self._leasing, self.outer):
+        for part in (self.rounds, self._leasing, self.outer, self._vacancies):
             part.postpone(now - last)
 
     # --- members ----------------------------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ class Membership:
         if state is not None and state.member.incarnation != incarnation:
             if message.generation:  # a successor follows nobody yet: an old life, known to a journal that is lost
                 return
-            self._depart(name, "another life of this name has joined", now)
+            self._depart(name, SUPERSEDED, now)
             state = None
         if state is None:
             self._admit(message, now)
@@ -251,6 +260,7 @@ class Membership:
         self.members[member.name].last_heard = now
         self._leasing.admitted(member.name)
         self.isolation.admitted(member.name, now)
+        self._vacancies.admitted(member.name, message.site)
         view = self._roster.stamp(View, added=(member,), reason="joined")
         self._roster.broadcast(view, but=member.name)
         self._roster.emit("peer.joined", peer=member.name, incarnation=member.incarnation, life=life, epoch=self.epoch)
@@ -304,6 +314,17 @@ class Membership:
         state = self.members.get(message.name)
         if state is not None and state.member.incarnation == message.ended:
             self._end_proven(message.name, message.evidence, now)
+
+    def _site_report(self, supervisor: str, report: SiteReport, now: float) -> None:
+        for gone in report.given_up:
+            self._given_up(gone, report, now)
+        self._vacancies.hear(supervisor, report, now)
+        self._roster.send_to(supervisor, report.incarnation, self._roster.stamp(Pong, progress=self.progress))
+
+    def _given_up(self, gone: GivenUp, report: SiteReport, now: float) -> None:
+        if self.latest.get(gone.name, 0) == gone.ended:  # else another life of this name has joined since
+            self._end_proven(gone.name, gone.reason, now)
+            self._vacancies.open(gone, report, now, wanted=not self.progress.finished)
 
     def _link_lost(self, name: str, failure: LinkFailure, now: float) -> None:
         """Rule 3: a refused reconnection is proof. Whatever else broke is for the next attempt to find out."""
@@ -463,7 +484,7 @@ class Membership:
         name = record.member.name
         self.members[name] = MemberState(record.member, record.site, record.life, last_heard=0.0)
         self.isolation.apply_admitted(name)
-        self.lives[name] = record.life
+        self.lives[name], self.latest[name] = record.life, record.member.incarnation
         self._roster.epoch += 1
 
     def _apply_committed(self, record: Committed) -> None:

@@ -22,6 +22,7 @@ from fault.records import Crossing, Gave
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_INTEGER = (1 << 63) - 1
+SUPERSEDED = "another life of this name has joined"
 STREAM = -1  # in place of a dataset's samples: their number is not known before its end
 _SCALARS = (str, int, float, bool, bytes)
 _Read = Callable[[Any], Any]
@@ -316,6 +317,30 @@ class Gone(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUp:
+    """A peer of which its supervisor starts no further life. ended: its last incarnation; 0: it never joined."""
+
+    name: str
+    ended: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReport(Message):
+    """What the supervisor of a site has to say, the whole of it each time; the answer is a Pong.
+
+    room: how many peers it can host beyond those that it has and that it takes up. taking: peers whose places it was
+    offered, and whose lives it is about to start. declined: offers that it cannot take; said once to each.
+    """
+
+    site: str
+    room: int = 0
+    given_up: tuple[GivenUp, ...] = ()
+    taking: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StatusRequest(Message):
     pass
 
@@ -520,8 +545,16 @@ class SelfTest(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vacancy(Message):
+    """To a supervisor: the place of peer `name` is free, and it may start its next life. Not free: not any more."""
+
+    name: str
+    free: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong(Message):
-    """Answers a heartbeat: the coordinator lives."""
+    """Answers a heartbeat, or a site's report: the coordinator lives."""
 
     progress: RunProgress
 
@@ -730,13 +763,13 @@ FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
-        LinkLost, Gone, StatusRequest, Recomputed, SetTarget, AuditRequest,
+        LinkLost, Gone, SiteReport, StatusRequest, Recomputed, SetTarget, AuditRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute, AuditReport, SelfTest, Short,
+        StatusReport, Recompute, AuditReport, SelfTest, Short, Vacancy,
     )
 }  # fmt: skip

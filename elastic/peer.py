@@ -69,7 +69,6 @@ from .messages import (
     DoneReport,
     Expelled,
     FailedReport,
-    Gone,
     Heartbeat,
     Join,
     Leases,
@@ -1184,23 +1183,6 @@ class _OpenInbox:
         with self._peer._changed:
             self._peer._inboxes.pop(self._tag, None)
             self._peer._changed.notify_all()
-
-
-def prove_gone(coordinator: str, run: str, name: str, incarnation: int, evidence: str) -> None:
-    """Tells a coordinator that the process of this life has ended: a supervisor's proof. Returns once it is sent."""
-    own = secrets.randbits(63)
-    gone = Gone(run=run, incarnation=own, name=name, ended=incarnation, evidence=evidence)
-    control = Control(
-        check_coordinator(coordinator),
-        "supervisor",
-        own,
-        heartbeat=1.0,
-        on_message=lambda _: True,
-        on_beat=lambda: None,
-        on_failure=lambda _: None,
-    )
-    control.send(gone)
-    control.close()
 
 
 def _measured(link: LinkStatistics) -> LinkReport:

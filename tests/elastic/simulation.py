@@ -121,7 +121,7 @@ def durable(membership: Membership) -> str:
     table = membership.table
     return repr((
         sorted((name, state.member, state.site, state.life) for name, state in membership.members.items()),
-        sorted(membership.lives.items()),
+        sorted(membership.lives.items()), sorted(membership.latest.items()),
         sorted(membership.retired.items()),
         sorted((tag, loop.spec, loop.versions, loop.rounds, loop.halted, loop.void)
                for tag, loop in membership.loops.items()),

@@ -6,6 +6,7 @@ says what it was trained on, and the sum of all contributions that were counted 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import threading
@@ -22,11 +23,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import CheckpointMismatch, ConfigurationError, Evicted, ParityError
-from elastic.messages import Propose
+from elastic.events import EventReader
+from elastic.messages import GivenUp, Propose
 from elastic.outer.diloco import DiLoCo
 from elastic.outer.replica import Flight
 from elastic.peer import Peer
 from elastic.shards import ShardTable
+from elastic.siteline import SiteLine
 
 N = 103
 PATIENT = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=0.1, evict_after=30)
@@ -357,6 +360,28 @@ def test_shards_of_a_lost_peer_are_taken_over_in_a_later_pass(run: Run) -> None:
             second.close()  # the rest waits for this one, then for its eviction
     assert passes > 1 and counted_once([loop.counted])
     check_audit(run, N)
+    lost._leave()
+
+
+def test_shards_of_a_peer_that_is_given_up_are_read_by_others_at_once(run: Run) -> None:
+    run.policy, run.timeouts = RunPolicy(quorum=0.3), dataclasses.replace(PATIENT, evict_after=600)
+    with witness(run) as seen:
+        lost = Tally(run.join("p0")).__enter__()
+        batches = iter(loader(lost.peer))
+        for _ in range(7):
+            lost.learn(next(batches))
+        until(lambda: seen.version.number == lost.version.number > 0)
+        lost.peer.close()
+        line = SiteLine(f"tcp://127.0.0.1:{run.port}", "test", "local")
+        line.tell(given_up=(GivenUp(name="p0", ended=lost.peer.incarnation, reason="it dies"),))
+        with Tally(run.join("p2")) as loop:
+            train(loop.peer, loader(loop.peer), loop)
+        line.close()
+    assert counted_once([loop.counted, lost.counted]) and lost.counted.sum() > 0
+    check_audit(run, N)
+    said = list(EventReader(run.folder / "coordinator.jsonl").read())
+    reassigned = [event for event in said if event["event"] == "shard.reassigned"]
+    assert reassigned and {(event["peer"], event["before"]) for event in reassigned} == {("p2", "p0")}
     lost._leave()
 
 

@@ -28,7 +28,8 @@ from elastic.errors import (
     RoundAborted,
 )
 from elastic.messages import Commit, Withdraw
-from elastic.peer import Peer, prove_gone
+from elastic.peer import Peer
+from elastic.siteline import SiteLine
 
 
 def number_of(peer: Peer) -> int:
@@ -346,8 +347,10 @@ def test_a_token_says_where_the_run_is(run: Run, monkeypatch: pytest.MonkeyPatch
 
 def test_a_supervisors_proof_ends_a_membership_at_once(run: Run) -> None:
     first, second = run.several(2)
-    prove_gone(f"tcp://127.0.0.1:{run.port}", "test", "p1", second.incarnation + 1, "another life")
-    prove_gone(f"tcp://127.0.0.1:{run.port}", "test", "p1", second.incarnation, "its process has ended")
+    line = SiteLine(f"tcp://127.0.0.1:{run.port}", "test", "here")
+    line.prove_gone("p1", second.incarnation + 1, "another life")
+    line.prove_gone("p1", second.incarnation, "its process has ended")
+    line.close()
     with pytest.raises(Evicted, match="its process has ended"):
         second.wait_for(3, timeout=30)
     until(lambda: first.view.names == ("p0",))

@@ -1,0 +1,177 @@
+"""Several nodes in one Ray: where the next life of a peer begins when its node, or its luck there, is gone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.local_ray import NAMESPACE, OBJECT_STORE_BYTES, _adopt_orphans, _authenticate, _children, _end, _reap
+from elastic.config import RunPolicy, Timeouts
+from elastic.coordinator import Coordinator
+from elastic.events import EventReader
+
+pytestmark = pytest.mark.timeout(240)
+
+# How soon Ray calls a node dead that was killed: about a second, instead of a quarter of a minute.
+QUICK = {
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+    "health_check_initial_delay_ms": 1000,
+    "timeout_ms_task_wait_for_death_info": 100,
+}
+
+SCRIPT = """
+import os, signal, time
+
+def dies_twice(peer, config):
+    print(f"life {peer.life} was here", flush=True)
+    if peer.life <= 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"life": peer.life}
+
+def waits_once(peer, config):
+    if peer.life == 1:
+        time.sleep(1000)
+    return {"life": peer.life}
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A head without CPUs, which holds the supervisors, and two nodes with room for one peer each."""
+    folder, before = Path(f"/tmp/elastic-{secrets.token_hex(4)}"), _children()
+    folder.mkdir(mode=0o700)
+    (folder / "ray").mkdir()
+    os.environ["RAY_TMPDIR"] = str(folder)  # the cluster notes its address there, and not where others would find it
+    _adopt_orphans()
+    _authenticate(folder)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    common = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        head = {"num_cpus": 0, "resources": {"head": 9}, "_system_config": QUICK} | common
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **common)
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        del os.environ["RAY_TMPDIR"]
+        ray.shutdown()
+        _end(lambda: _children() - before)
+        _reap(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def site(nodes: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts a supervisor of one peer that runs `function`, on the head."""
+    import ray
+
+    from actors.peer import PeerSpec
+    from actors.restarts import RestartPolicy
+    from actors.supervisor import EventLogSpec, SiteSupervisor
+
+    script = tmp_path / f"script_{os.getpid()}_{secrets.token_hex(4)}.py"
+    script.write_text(SCRIPT)
+    with Coordinator(run="site", policy=RunPolicy(), timeouts=Timeouts(), events=tmp_path / "events.jsonl") as served:
+        started: list[Any] = []
+
+        def start(function: str, **policy: Any) -> Any:
+            spec = PeerSpec(
+                coordinator=served.address,
+                run="site",
+                name="p0",
+                site="here",
+                script=str(script),
+                function=function,
+                events_dir=str(tmp_path),
+            )
+            actor: Any = SiteSupervisor
+            log = EventLogSpec(run="site", path=tmp_path / "supervisor.jsonl")
+            supervisor = actor.options(resources={"head": 1}).remote([spec], RestartPolicy(**policy), log)
+            started.append(supervisor)
+            ray.get(supervisor.start.remote())
+            return supervisor
+
+        yield start
+        for supervisor in started:
+            ray.get(supervisor.stop.remote())
+            ray.kill(supervisor)
+
+
+def report(supervisor: Any, *states: str) -> Any:
+    """What the supervisor says of its peer once that is in one of these states."""
+    import ray
+
+    deadline, pause = time.monotonic() + 120, threading.Event()
+    while True:
+        (said,) = ray.get(supervisor.report.remote())
+        if said.state in states:
+            return said
+        assert time.monotonic() < deadline, said
+        pause.wait(0.1)
+
+
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [event for event in EventReader(folder / "supervisor.jsonl").read() if event["event"] == name]
+
+
+def test_a_node_where_it_died_twice_is_avoided(site: Callable[..., Any], tmp_path: Path) -> None:
+    ended = report(site("dies_twice", pause_seconds=0.1), "finished", "failed")
+    assert (ended.state, ended.lives) == ("finished", 3), ended
+    first, second, third = [event["node"] for event in events(tmp_path, "peer.started")]
+    assert first == second != third
+
+
+def test_the_end_of_a_log_comes_from_the_node_that_has_it(site: Callable[..., Any], tmp_path: Path) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from actors.supervisor import _tail
+
+    ended = report(site("dies_twice", max_restarts=0), "failed")
+    assert ended.error.endswith(f"the last lines of {tmp_path}/logs/p0.1.log:\n  life 1 was here")
+    there = NodeAffinitySchedulingStrategy(events(tmp_path, "peer.started")[0]["node"], soft=False)
+    said = ray.get(_tail.options(scheduling_strategy=there).remote(str(tmp_path / "logs" / "p0.1.log")), timeout=60)
+    assert said == ("life 1 was here",)
+
+
+def test_without_room_anywhere_it_is_given_up_with_the_reason(site: Callable[..., Any], tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class Filler:
+        def here(self) -> None: ...
+
+    fillers = [Filler.remote() for _ in range(2)]
+    ray.get([filler.here.remote() for filler in fillers], timeout=60)
+    ended = report(site("dies_twice", place_seconds=2.0), "failed")
+    assert ended.error == "no node has had room for it in 2 s" and ended.lives == 1
+    for filler in fillers:
+        ray.kill(filler)
+
+
+def test_the_next_life_of_a_peer_whose_node_is_killed_begins_on_the_other(
+    site: Callable[..., Any], nodes: Any, tmp_path: Path
+) -> None:
+    supervisor = site("waits_once")
+    home = report(supervisor, "running").node
+    (killed,) = [node for node in nodes.worker_nodes if node.node_id == home]
+    nodes.remove_node(killed, allow_graceful=False)
+    ended = report(supervisor, "finished", "failed")
+    assert (ended.state, ended.lives) == ("finished", 2) and ended.trained.result == {"life": 2}
+    first, second = [event["node"] for event in events(tmp_path, "peer.started")]
+    assert first == home != second
+    (lost,) = events(tmp_path, "peer.lost")
+    assert lost["node"] == home and lost["evidence"] in ("its node is gone", "its process has ended")
