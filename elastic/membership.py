@@ -257,7 +257,7 @@ class Membership:
         member = message.member
         life = self.lives.get(member.name, 0) + 1
         self._roster.record(Admitted(member=member, site=message.site, life=life))
-        self.members[member.name].last_heard = now
+        self.members[member.name].last_heard = self.members[member.name].since = now
         self._leasing.admitted(member.name)
         self.isolation.admitted(member.name, now)
         self._vacancies.admitted(member.name, message.site)
@@ -281,7 +281,7 @@ class Membership:
         self.rounds.routes.forget(name)
         self.watching.forget(name)
         if event == "peer.evicted":
-            self.watching.ended(name, now)
+            self.watching.ended(name, now - state.since, now)
         self._roster.record(Departed(name=name, incarnation=state.member.incarnation, reason=reason))
         self._expel(name, state.member.incarnation)
         self._roster.broadcast(self._roster.stamp(View, removed=(name,), reason=reason))

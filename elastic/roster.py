@@ -6,6 +6,7 @@ order of effects is the order of events. It decides nothing: who is admitted and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,8 @@ Effect = Send | Persist | Emit
 
 @dataclass
 class MemberState:
-    """A member and what is known of it now. Only member, site and life are durable.
+    """A member and what is known of it now. Only member, site and life are durable. since: it was admitted, as far as
+    this coordinator knows.
 
     repaired: how often it held other bits than the run, and had to fetch the state anew. wrong: those bits, until it
     has said what it holds instead: messages that still speak of them are on their way. moments: of each loop, the hash
@@ -56,6 +58,7 @@ class MemberState:
     site: str
     life: int
     last_heard: float
+    since: float = -math.inf
     silent: bool = False
     status: PeerStatus = field(default_factory=PeerStatus)
     held: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)

@@ -45,10 +45,10 @@ class Watching:
         self._incidents.happened(CRASH, (name,), now)
         self._say(now)
 
-    def ended(self, name: str, now: float) -> None:
-        """A life of this name is over, and it has not said good-bye."""
+    def ended(self, name: str, lived: float, now: float) -> None:
+        """A life of this name is over after so many seconds, and it has not said good-bye."""
         self._incidents.over(SILENT, (name,))
-        self._incidents.ended(name, now)
+        self._incidents.ended(name, now, lived)
         self._say(now)
 
     def silent(self, name: str, seconds: float, now: float) -> None:

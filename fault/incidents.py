@@ -27,13 +27,15 @@ class _Incident:
 @dataclass(slots=True)
 class Incidents:
     """lasting: seconds for which something that happened once is told. within, flaps: so many lives of one name that
-    end without a word within so many seconds are flapping. accusers: so many peers that could not read what one sent
+    end without a word within so many seconds are flapping, if none of them has lasted `brief` seconds: machines that
+    are taken away now and then are no fault. accusers: so many peers that could not read what one sent
     make it that one's fault, and not that of the links.
     """
 
     lasting: float = 60.0
     within: float = 600.0
     flaps: int = 3
+    brief: float = 60.0
     accusers: int = 2
     _known: dict[Key, _Incident] = field(default_factory=dict)
     _ends: dict[str, deque[float]] = field(default_factory=lambda: defaultdict(deque))
@@ -66,8 +68,11 @@ class Incidents:
         if len(others) >= self.accusers:
             self.happened(CORRUPT, (sender,), at, accusers=float(len(others)))
 
-    def ended(self, name: str, at: float) -> None:
-        """A life of this name has ended without a word."""
+    def ended(self, name: str, at: float, lived: float = 0.0) -> None:
+        """A life of this name has ended without a word, after so many seconds."""
+        if lived >= self.brief:
+            self._ends.pop(name, None)
+            return
         ends = self._ends[name]
         ends.append(at)
         while at - ends[0] > self.within:

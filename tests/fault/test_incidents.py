@@ -41,6 +41,16 @@ def test_flapping_is_three_ends_within_ten_minutes() -> None:
     assert told(incidents, 1300.0)[FLAPPING, ("a",)].evidence["lives"] == 3.0
 
 
+def test_machines_that_are_taken_away_now_and_then_do_not_flap() -> None:
+    incidents = Incidents()
+    for at in (0.0, 100.0, 200.0, 300.0):
+        incidents.ended("a", at, lived=95.0)
+    assert not told(incidents, 300.0)
+    for at in (310.0, 320.0, 330.0):
+        incidents.ended("a", at, lived=8.0)
+    assert (FLAPPING, ("a",)) in told(incidents, 330.0)
+
+
 def test_lives_that_ended_long_ago_are_not_kept() -> None:
     incidents = Incidents(within=600)
     for number in range(1000):
