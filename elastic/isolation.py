@@ -48,7 +48,7 @@ _CLASSES = {
     FLAPPING: "flapping",
 }
 _DRIFTS = 3  # within the time for which such an incident is told
-_BAD_ROUNDS = 2  # a loss can overflow once, on any peer
+_BAD_ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class Isolation:
     def _set_aside(self, sure: Iterable[Verdict], awake: Collection[str]) -> Iterator[Measure]:
         """Who is set aside stays so before another is, if not all may be."""
         wanted: dict[str, Verdict] = {}
-        blamed = [v for v in sure if len(v.culprits) == 1 and self._allows(v, LEAVE_OUT) and v.kind not in _INCIDENTS]
+        blamed = [v for v in sure if len(v.culprits) == 1 and self._allows(v, LEAVE_OUT) and _lasts(v)]
         for verdict in sorted(blamed, key=lambda v: v.culprits[0] not in self.left_out):
             (name,) = verdict.culprits
             if name in awake and name not in wanted and self._spares(awake, {*wanted, name}):
@@ -149,9 +149,7 @@ class Isolation:
             return self._allows(verdict, LEAVE_OUT) and now - verdict.since > self.evict_after
         if verdict.kind == DRIFTED and verdict.evidence.get("times", 0) < _DRIFTS:
             return False
-        if verdict.kind == GRADIENT and verdict.evidence.get("rounds", 0) < _BAD_ROUNDS:
-            return False
-        return self._allows(verdict, QUARANTINE)
+        return self._allows(verdict, QUARANTINE) and (verdict.kind != GRADIENT or _lasts(verdict))
 
     def _spares(self, awake: Collection[str], aside: Collection[str]) -> bool:
         """Whether the run can do without these."""
@@ -232,6 +230,12 @@ class Isolation:
 _SLOW = frozenset({SENDER, RECEIVER, NODE, LINK, AMBIGUOUS})
 _INCIDENTS = frozenset({CORRUPT, DRIFTED, FLAPPING})  # over as soon as they happened: nothing to leave out for
 _GRAVITY = {GRADIENT: 0, CORRUPT: 1, FLAPPING: 2, DRIFTED: 3}
+
+
+def _lasts(verdict: Verdict) -> bool:
+    """Whether it is more than something that happened once: a loss can overflow on any peer, and then it sends none."""
+    once = verdict.kind == GRADIENT and verdict.evidence.get("rounds", 0) < _BAD_ROUNDS
+    return verdict.kind not in _INCIDENTS and not once
 
 
 def _corrupt_link(verdict: Verdict) -> bool:

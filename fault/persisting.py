@@ -38,14 +38,20 @@ class Persisting(Generic[Key, Value]):
         self._missing: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
 
-    def window(self, found: Mapping[Key, Value], at: float) -> None:
-        """One more look. at: when what was looked at began."""
+    def window(
+        self, found: Mapping[Key, Value], at: float, judged: Callable[[Key], bool] = lambda key: True
+    ) -> None:
+        """One more look. at: when what was looked at began. judged: whether it would have shown this, were it there;
+        for what it would not, nothing changes."""
         before = self._streaks
-        self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
-        for key, (count, since) in self._streaks.items():
-            if key in self.confirmed or count >= self._windows:
+        self._streaks = {key: streak for key, streak in before.items() if not judged(key)}
+        for key in found:
+            count, since = before.get(key, (0, at))
+            self._streaks[key] = count + 1, since
+            if key in self.confirmed or count + 1 >= self._windows:
                 self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
-        self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - found.keys()}
+        missing = self.confirmed.keys() - found.keys()
+        self._missing = {key: self._missing.get(key, 0) + judged(key) for key in missing}
         for key, count in self._missing.items():
             if count >= self._windows:
                 del self.confirmed[key]

@@ -686,8 +686,9 @@ class OuterLoop:
         commit = outcome.commit
         assert commit is not None
         if not outcome.counted:
+            flight = self.replica.flight
             self.replica.abort()
-            self._catch_up(commit)
+            self._catch_up(commit, flight.payload if flight else None)
             return
         self._count(exchange.proposal)
         self._counts["contributed"] += 1
@@ -703,19 +704,22 @@ class OuterLoop:
         self._uncounted -= proposal.tokens
         self.peer.committed(proposal.cursors)
 
-    def _catch_up(self, commit: Commit) -> None:
-        """A round was committed without this peer's contribution, or while it was not waiting for the outcome."""
+    def _catch_up(self, commit: Commit, offered: torch.Tensor | None = None) -> None:
+        """A round was committed without this peer's contribution, or while it was not waiting for the outcome.
+
+        offered: what it would have contributed.
+        """
         if commit.round <= self._last_round():
             return
         if commit.skipped:
             if commit.version == self.version.number:
                 self._note(commit)
         elif commit.version == self.version.number + 1 and commit.base_hash in ("", self.version.state_hash):
-            self._follow(commit)
+            self._follow(commit, offered)
         elif commit.version > self.version.number:
             self._fetch_and_start_over()
 
-    def _follow(self, commit: Commit) -> None:
+    def _follow(self, commit: Commit, offered: torch.Tensor | None = None) -> None:
         """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round."""
         named = self.peer.name in commit.contributors
         doubt = next((each for each in self._doubts if named and each.digest == commit.digest), None)
@@ -723,6 +727,8 @@ class OuterLoop:
         if mean is None:
             self._fetch_and_start_over()
             return
+        if offered is not None and offered.shape == mean.shape:  # what is not taken is judged all the same
+            self.peer.telemetry.contributed(self.tag, commit.version, offered, mean, 0.0)
         place = self.replica.places[self.version.next]
         self._advance(commit, mean, counted=False)
         if doubt:  # it was counted after all: only what has been learned since is left

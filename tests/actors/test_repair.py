@@ -131,7 +131,7 @@ def follow(supervisor: Any, served: Coordinator, stories: list[dict[str, Any]]) 
         if all(report.state in ("finished", "failed") for report in reports.values()):
             return reports
         assert time.monotonic() < deadline, reports
-        asked = elastic("status", served.token, "--json")
+        asked = elastic("status", str(served.token), "--json")
         out, err = asked.communicate(timeout=60)
         assert asked.returncode == 0, err
         stories.append(json.loads(out))

@@ -101,7 +101,7 @@ def test_a_policy_bounds_what_follows() -> None:
 
 
 def test_once_is_no_habit() -> None:
-    assert actions(isolation(), verdict(GRADIENT, "b", rounds=1.0)) == [(LEAVE_OUT, ("b",), True)]
+    assert actions(isolation(), verdict(GRADIENT, "b", rounds=1.0)) == []
     assert actions(isolation(), verdict(DRIFTED, "b", times=2.0)) == []
 
 

@@ -139,3 +139,18 @@ def test_a_peer_that_goes_while_it_is_confirmed_and_good_again_leaves_nothing_be
     gradients.forget("a")
     gradients.round(good, 8.0)
     assert not gradients.bad
+
+
+def test_rounds_that_a_peer_sits_out_are_neither_good_nor_bad() -> None:
+    """Whoever had no numbers to give sits out the next round: its rounds are running all the same."""
+    gradients = Gradients()
+    well = {name: Contribution(norm=1.0, cosine=0.5) for name in "abc"}
+    for number in range(2):
+        gradients.round({**well, "d": Contribution(norm=math.nan, cosine=0.0)}, float(number))
+        assert gradients.bad["d"][0].rounds == number + 1
+        gradients.round(well, number + 0.5)
+        assert gradients.bad["d"][0].rounds == number + 1, "it has not been seen well since"
+    for number in range(2):
+        assert "d" in gradients.bad
+        gradients.round({**well, "d": Contribution(norm=1.0, cosine=0.5)}, 3.0 + number)
+    assert not gradients.bad
