@@ -24,7 +24,7 @@ from elastic.events import EventReader
 pytestmark = pytest.mark.timeout(400)
 
 NAMES = ("p0", "p1", "p2", "p3", "p4")
-AFTER = 14.0  # seconds of health, by which the detector knows everybody's pace
+AFTER = 12.0  # seconds of health, by which the detector knows everybody's pace
 SCRIPT = """
 import time
 import elastic, torch
@@ -59,7 +59,7 @@ SCHEDULE = """
 at = {after}
 kind = "freeze"
 target = "p1"
-for = 40.0
+for = 30.0
 
 [[fault]]
 at = {after}
@@ -142,7 +142,7 @@ def test_frozen_slow_and_wrong_peers_are_dealt_with_and_the_run_ends_well(chaos:
     import ray
 
     timeouts = Timeouts(heartbeat=0.25, chunk=2.5, grace=3.0)
-    policy = RunPolicy(seconds=75.0, faults=FaultPolicy(quarantine_seconds=4.0))
+    policy = RunPolicy(seconds=60.0, faults=FaultPolicy(quarantine_seconds=4.0))
     log = tmp_path / "events.jsonl"
     stories: list[dict[str, Any]] = []
     (tmp_path / "chaos.toml").write_text(SCHEDULE.format(after=AFTER))
