@@ -6,11 +6,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from plane import SMALL, Outcome, assert_exact, eventually, make_abort, make_start, numbers, run_all, together
+from xxhash import xxh3_128_hexdigest
 
-from collectives import Done, Failed, Group, Interference
+from collectives import Done, Failed, FetchError, Group, Interference
+from collectives.frames import Purpose
+from collectives.handshake import Dialling
 from fault.inject import Fault, Injector
 
 ELEMENTS = 20_000
@@ -190,3 +194,23 @@ def test_an_idle_link_is_cut_too() -> None:
         Rounds(made).well()
         injectors[0].arm(Fault(kind="partition", peer="p1", times=1))
         eventually(lambda: not any(link.state == "up" for link in made[0].statistics().links))
+
+
+@pytest.mark.parametrize("cutter", ["dialler", "answerer"])
+def test_over_a_cut_path_no_connection_comes_up(cutter: str) -> None:
+    with faulty(2) as (made, injectors):
+        Rounds(made).well()
+        data = bytes(range(256)) * 100
+        made[1].publish("blob", [memoryview(data)], xxh3_128_hexdigest(data))
+        fetch = partial(made[0].fetch, "blob", [made[1].member], digest=xxh3_128_hexdigest(data), timeout=20)
+        assert bytes(fetch()) == data
+        where, other = (injectors[0], "p1") if cutter == "dialler" else (injectors[1], "p0")
+        id = where.arm(Fault(kind="partition", peer=other, seconds=60))
+        for purpose in (Purpose.LINK, Purpose.PROBE):
+            with pytest.raises(OSError, match="the path is cut on purpose"):
+                Dialling(made[0]._self, made[1].member, purpose, 1, 5.0).connect()
+        with pytest.raises(FetchError, match="the path is cut on purpose"):
+            fetch()
+        assert where.fired[id] >= 3
+        where.disarm(id)
+        assert bytes(fetch()) == data
