@@ -1,4 +1,5 @@
-"""What went wrong and whose it is: records in, verdicts out (`detector`); and faults on purpose, for tests (`inject`).
+"""What went wrong and whose it is: records in, verdicts out (`detector`). And faults on purpose, for tests and drills:
+in a process (`inject`), by order of another (`orders`), by a schedule (`schedule`, `driver`).
 
 It decides nothing. Injected faults are counted, so that a test can tell that they fired.
 """

@@ -194,7 +194,9 @@ class Driver:
                     self._fired(running, path.name, line.get("count"), line.get("monotonic"))
 
     def _fired(self, running: _Running, where: str, count: object, at: object) -> None:
-        running.counts[where] = count if isinstance(count, int) else running.counts.get(where, 0) + 1
+        """count: how often by then, in that process; lines of several threads may stand in another order."""
+        known = running.counts.get(where, 0)
+        running.counts[where] = max(known, count) if isinstance(count, int) else known + 1
         running.record.fired = sum(running.counts.values())
         if running.began is None:
             running.began = at if isinstance(at, float) else time.monotonic()

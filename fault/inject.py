@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,6 @@ class _Armed:
         return self.fired >= self.fault.at_most or now >= self.begins + self.fault.lasts
 
 
-@dataclass(slots=True)
 class Injector:
     """The faults of one process. Thread-safe; all its methods may be called from any thread.
 
@@ -199,15 +198,15 @@ class Injector:
     It is a `collectives.records.LinkFaults`, which a `Group` asks; `elastic.Peer(faults=...)` asks it all the rest.
     """
 
-    peer: str = ""
-    log: Path | None = None
-    _listeners: list[Callable[[Firing], None]] = field(default_factory=list)
-    _armed: tuple[_Armed, ...] = ()
-    _known: dict[str, _Armed] = field(default_factory=dict)
-    _round: int = -1
-    _owed: dict[str, float] = field(default_factory=dict)
-    _closed: bool = False
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(self, peer: str = "", *, log: Path | None = None) -> None:
+        self.peer, self.log = peer, log
+        self._listeners: list[Callable[[Firing], None]] = []
+        self._armed: tuple[_Armed, ...] = ()
+        self._known: dict[str, _Armed] = {}
+        self._round = -1
+        self._owed: dict[str, float] = {}  # of slow links: seconds that what was sent should have taken, too
+        self._closed = False
+        self._changed = threading.Condition()
 
     # --- from whoever wants faults ------------------------------------------------------------------------------------
 
@@ -319,25 +318,22 @@ class Injector:
         if not faults:
             return None
         found = {fault.kind for fault in faults}
-        return Interference(
-            hold=sum(fault.delay or 0.0 for fault in faults)
-            + (self._owed.pop(peer, 0.0) if "slow-link" in found else 0.0),
-            corrupt="corrupt" in found,
-            broken=bool(found & {"drop", "partition"}),
-        )
+        hold = sum(fault.delay or 0.0 for fault in faults)
+        if "slow-link" in found:
+            with self._changed:
+                hold += self._owed.pop(peer, 0.0)
+        return Interference(hold=hold, corrupt="corrupt" in found, broken=bool(found & {"drop", "partition"}))
 
     def sent(self, peer: str, seconds: float) -> None:
         """LinkFaults: a frame has left, which took so long."""
         if not self._armed:
             return
         now = time.monotonic()
-        slow = [
-            each.fault for each in self._armed if each.due(now) and _befalls(each.fault, LINK, ("slow-link",), peer)
-        ]
-        if slow:
-            self._owed[peer] = self._owed.get(peer, 0.0) + seconds * (
-                math.prod(each.factor or 1.0 for each in slow) - 1
-            )
+        due = [each.fault for each in self._armed if each.due(now)]
+        factors = [fault.factor or 1.0 for fault in due if _befalls(fault, LINK, ("slow-link",), peer)]
+        if factors:
+            with self._changed:
+                self._owed[peer] = self._owed.get(peer, 0.0) + seconds * (math.prod(factors) - 1)
 
     # --- what is common to all ----------------------------------------------------------------------------------------
 

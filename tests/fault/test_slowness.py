@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fault.delays import Matrix, Slow, slow_parts
@@ -61,6 +61,7 @@ def test_two_faults_at_once_are_told_apart() -> None:
     assert said(slow_parts(logs, names(8))) == {("sender", ("p1",)), ("link", ("p4", "p6"))}
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), n=st.integers(3, 9), scale=st.floats(-20, 20))
 def test_neither_the_order_of_names_nor_a_common_factor_matters(seed: int, kind: str, n: int, scale: float) -> None:
     chance = np.random.default_rng(seed)
