@@ -47,7 +47,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from collectives.records import Done, Failed
+from collectives.records import BLOCK, Done, Failed
 from collectives.transfer import as_bytes
 from collectives.wires import WIRES, scratch_bytes
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     from ..operations import Executor
 
-PIECE = 1 << 17  # numbers at a time: whole blocks of every wire, and a few contributions of so many stay in cache
+PIECE = 128 * BLOCK  # numbers at a time: contributions of so many stay in cache, and torch in this thread
 WORD = 4  # bytes: encoded contributions begin at multiples, so that they can be read where they are
 DEPENDENT = 1e-13  # what is left of a squared length is rounding
 STEPS = 1000  # of Weiszfeld's iteration: a hundred do, unless the point is a contribution, which it nears slowly
@@ -246,17 +246,19 @@ class Weighing(Robust):
     """A rule whose result is a sum of contributions, each times a number that follows from lengths and angles.
 
     centred: whether those are measured from the coordinate-wise median. It is among the honest ones, so that what a
-    huge contribution has in common with others does not drown the differences between those.
+    huge contribution has in common with others does not drown the differences between those. pairs: whether angles
+    count, or lengths alone.
     """
 
     centred: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
 
     @abstractmethod
     def weights(self, products: Matrix, byzantine: int) -> list[float]:
         """products: the inner products of all pairs of contributions."""
 
     def combine(self, rows: Rows, byzantine: int, out: torch.Tensor) -> None:
-        weights = self.weights(_products(rows, self.centred), byzantine)
+        weights = self.weights(_products(rows, self.centred, self.pairs), byzantine)
         for where, numbers in rows.pieces():
             out[where] = _weighted(numbers, weights)
 
@@ -373,6 +375,7 @@ class NormClip(Weighing):
 
     norm: float | None = None
     centred: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.norm is not None:
@@ -452,18 +455,21 @@ def _weighted(numbers: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
 # --- lengths and angles -----------------------------------------------------------------------------------------------
 
 
-def _products(rows: Rows, centred: bool) -> Matrix:
-    """The inner products of all pairs, in double precision, piece by piece."""
+def _products(rows: Rows, centred: bool, pairs: bool) -> Matrix:
+    """The inner products of all pairs, or, without `pairs`, of each with itself alone, in double precision.
+
+    Products are added up place by place, over all pieces, and only then to one number.
+    """
     n = rows.count
-    totals = [[0.0] * n for _ in range(n)]
+    chosen = [(i, j) for i in range(n) for j in range(i, n if pairs else i + 1)]
+    sums = {pair: torch.zeros(PIECE, dtype=torch.float64) for pair in chosen}
     for _, numbers in rows.pieces():
-        stacked = torch.stack(numbers).double()
-        if centred:
-            stacked.sub_(_median(numbers))
-        for i in range(n):
-            for j, product in enumerate(folded(torch.mul(stacked[i:], stacked[i])).tolist(), i):
-                totals[i][j] = totals[j][i] = totals[i][j] + product
-    return totals
+        middle = _median(numbers) if centred else None
+        vectors = [each.double() if middle is None else each.double().sub_(middle) for each in numbers]
+        for i, j in chosen:
+            sums[i, j][: vectors[i].numel()].add_(torch.mul(vectors[i], vectors[j]))
+    products = {pair: float(folded(each)) for pair, each in sums.items()}
+    return [[products.get((min(i, j), max(i, j)), 0.0) for j in range(n)] for i in range(n)]
 
 
 def _apart(products: Matrix, i: int, j: int) -> float:
