@@ -257,6 +257,11 @@ def shrunk(event: Event) -> str:
     return f"round {field(event, 'round')} goes on without {joined(event.get('lost'))}"
 
 
+def short(event: Event) -> str:
+    there = joined(event.get("contributors"))
+    return f"round {field(event, 'round')} waits: it needs {field(event, 'needs')} contributors, and has {there}"
+
+
 def injected(event: Event) -> str:
     what = "SIGKILL to" if event.get("kind") == "kill" else f"fault {field(event, 'kind')} in"
     if "id" in event:  # of an injector; else in mid exchange
@@ -334,6 +339,7 @@ def closed(event: Event) -> str:
 WORDS: dict[str, Callable[[Event], str]] = {
     "round.committed": committed,
     "round.shrunk": shrunk,
+    "round.short": short,
     "fault.injected": injected,
     "peer.killed": killed,
     "peer.joined": joined_run,
@@ -358,7 +364,7 @@ def event_style(event: Event) -> str:
     name = str(event.get("event", ""))
     if name in ("fault.injected", "peer.killed", "peer.lost", "peer.evicted", "run.rolled_back"):
         return "red"
-    if name in ("round.shrunk", "anomaly.confirmed"):
+    if name in ("round.shrunk", "round.short", "anomaly.confirmed"):
         return "yellow"
     return "green" if name in ("peer.joined", "state.fetched") else ""
 

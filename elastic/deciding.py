@@ -368,7 +368,11 @@ class Rounds:
         operation.lives = {member.name: member.incarnation for member in operation.start.contributors}
 
     def _begin_of(self, operation: Operation) -> Message:
-        begin: Begin = self._roster.stamp(Begin, start=operation.start, segments=operation.segments)
+        giving = [operation.proposals.get(name) for name in operation.lives]
+        digests = tuple(each.digest if each else "" for each in giving)
+        begin: Begin = self._roster.stamp(
+            Begin, start=operation.start, segments=operation.segments, digests=digests if any(digests) else ()
+        )
         return begin
 
     def _emit_start(self, operation: Operation, names: tuple[str, ...]) -> None:

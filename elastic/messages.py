@@ -157,6 +157,7 @@ class Propose(Message):
     then waits for the others; 0 and -1: as the run's policy and timeouts say.
     wires: how ranges of a sum of float32 should travel; an attempt takes the wires of its first contributor that has
     some (planning.valid_wires). Empty: as the spec says.
+    digest: SHA-256 of what this peer gives, where others must be able to tell that it reaches them unchanged.
     """
 
     tag: str
@@ -176,6 +177,7 @@ class Propose(Message):
     quorum: int = 0
     grace: float = -1.0
     wires: tuple[WireRun, ...] = ()
+    digest: str = ""
 
     @property
     def counts(self) -> float:
@@ -415,10 +417,14 @@ class Short(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin(Message):
-    """Carries a Start to its members. segments: of an all-gather or reduce-scatter, how long each contributor's is."""
+    """Carries a Start to its members. segments: of an all-gather or reduce-scatter, how long each contributor's is.
+
+    digests: of what each contributor gives, as it has proposed; empty if none has said any.
+    """
 
     start: Start
     segments: tuple[int, ...] = ()
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,7 +64,7 @@ from .joining import Joining
 from .local import Local
 from .pace import Pace
 from .replica import Flight, Replica
-from .robust import Combining, Robust, encoded_size
+from .robust import Combining, Robust, encoded, encoded_size, sealed
 from .rule import Facts, Rule, check_delay, check_robust
 from .saving import Saver
 from .serving import Shelf
@@ -550,9 +550,14 @@ class OuterLoop:
         self.pace.launched()
         result = torch.empty_like(flight.payload)
         proposal = self._proposal(flight)
-        operation = self.peer.operation(
-            proposal, lambda _: (flight.payload, result), self._inbox, **self._combining(flight)
-        )
+        group = self._combining(flight)
+
+        def buffers(begin: Begin) -> tuple[torch.Tensor, torch.Tensor]:
+            if group is not None:
+                group.digests = begin.digests
+            return flight.payload, result
+
+        operation = self.peer.operation(proposal, buffers, self._inbox, **({"group": group} if group else {}))
         patience = self.peer.patience(self.timeout)
         assert self._shelf is not None
         self._exchange = Exchange(
@@ -569,14 +574,13 @@ class OuterLoop:
         else:
             self._exchange.start()
 
-    def _combining(self, flight: Flight) -> dict[str, Any]:
+    def _combining(self, flight: Flight) -> Combining | None:
         """What executes the attempts, if it is not the group alone."""
         rule, part = self.replica.rule, self.layout.parts[flight.fragment]
         if rule.robust is None:
-            return {}
-        wire, version = rule.compression.wire, flight.base.number
-        left_out = partial(self._left_out, version)
-        return {"group": Combining(self.peer.group, self.peer.name, rule.robust, wire, part.averaged, left_out)}
+            return None
+        left_out = partial(self._left_out, flight.base.number)
+        return Combining(self.peer.group, self.peer.name, rule.robust, rule.compression.wire, part.averaged, left_out)
 
     def _left_out(self, version: int, names: list[str]) -> None:
         self.peer.events.emit("contribution.left_out", tag=self.tag, version=version, peers=names)
@@ -590,9 +594,9 @@ class OuterLoop:
         self.peer.telemetry.contributed(self.tag, commit.version, sent, mean, share)
 
     def _proposal(self, flight: Flight) -> Propose:
-        part = self.layout.parts[flight.fragment]
-        spec = replace(self.spec, elements=_extent(self.replica.rule, part))
-        self._counts["bytes_offered"] += self.replica.rule.compression.size(part.elements)
+        rule, part = self.replica.rule, self.layout.parts[flight.fragment]
+        spec = replace(self.spec, elements=_extent(rule, part))
+        self._counts["bytes_offered"] += rule.compression.size(part.elements)
         return self.peer.proposal(
             self.tag,
             spec,
@@ -607,6 +611,7 @@ class OuterLoop:
             quorum=self.quorum,
             grace=self.grace,
             wires=self._wires(flight),
+            digest=sealed(encoded(flight.payload, rule.compression.wire)) if rule.robust else "",
         )
 
     def _wires(self, flight: Flight) -> tuple[WireRun, ...]:

@@ -27,7 +27,7 @@ contributor fewer to expect. If nothing is left, the result is zeros.
 
 **Where it is done.** A sum would have to be trusted to the owners of its chunks. So every contribution goes to every
 peer (`Combining`), and each computes the result itself. Who tells different peers different things makes their results
-differ: such a round aborts, and nothing is applied.
+differ, and who changes what he passes on for others is found out: such a round aborts, and nothing is applied.
 
 **Bits.** All peers must get the same ones (docs/design.md, "Rules of a round", 9). Numbers are added in double
 precision, in an order that is fixed by the contributions' own bytes, and rounded to float32 once; what is computed from
@@ -37,6 +37,7 @@ since Python's own sum has changed between versions. So the result depends on no
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from collectives.records import Done, Failed
+from collectives.records import BLOCK, Done, Failed, LinkFailure
 from collectives.transfer import as_bytes
 from collectives.wires import WIRES, scratch_bytes
 
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
     from ..operations import Executor
 
-PIECE = 1 << 17  # numbers at a time: whole blocks of every wire, and a few contributions of so many stay in cache
+PIECE = 128 * BLOCK  # numbers at a time: contributions of so many stay in cache, and torch in this thread
 WORD = 4  # bytes: encoded contributions begin at multiples, so that they can be read where they are
 DEPENDENT = 1e-13  # what is left of a squared length is rounding
 STEPS = 1000  # of Weiszfeld's iteration: a hundred do, unless the point is a contribution, which it nears slowly
@@ -89,6 +90,11 @@ def encoded(x: torch.Tensor, wire: str) -> torch.Tensor:
         out.numpy()[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
         at += len(data)
     return out
+
+
+def sealed(data: torch.Tensor) -> str:
+    """The digest of an encoded contribution: nobody finds another one with the same."""
+    return hashlib.sha256(as_bytes(data)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -246,17 +252,19 @@ class Weighing(Robust):
     """A rule whose result is a sum of contributions, each times a number that follows from lengths and angles.
 
     centred: whether those are measured from the coordinate-wise median. It is among the honest ones, so that what a
-    huge contribution has in common with others does not drown the differences between those.
+    huge contribution has in common with others does not drown the differences between those. pairs: whether angles
+    count, or lengths alone.
     """
 
     centred: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
 
     @abstractmethod
     def weights(self, products: Matrix, byzantine: int) -> list[float]:
         """products: the inner products of all pairs of contributions."""
 
     def combine(self, rows: Rows, byzantine: int, out: torch.Tensor) -> None:
-        weights = self.weights(_products(rows, self.centred), byzantine)
+        weights = self.weights(_products(rows, self.centred, self.pairs), byzantine)
         for where, numbers in rows.pieces():
             out[where] = _weighted(numbers, weights)
 
@@ -373,6 +381,7 @@ class NormClip(Weighing):
 
     norm: float | None = None
     centred: ClassVar[bool] = False
+    pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.norm is not None:
@@ -452,18 +461,21 @@ def _weighted(numbers: Sequence[torch.Tensor], weights: Sequence[float]) -> torc
 # --- lengths and angles -----------------------------------------------------------------------------------------------
 
 
-def _products(rows: Rows, centred: bool) -> Matrix:
-    """The inner products of all pairs, in double precision, piece by piece."""
+def _products(rows: Rows, centred: bool, pairs: bool) -> Matrix:
+    """The inner products of all pairs, or, without `pairs`, of each with itself alone, in double precision.
+
+    Products are added up place by place, over all pieces, and only then to one number.
+    """
     n = rows.count
-    totals = [[0.0] * n for _ in range(n)]
+    chosen = [(i, j) for i in range(n) for j in range(i, n if pairs else i + 1)]
+    sums = {pair: torch.zeros(PIECE, dtype=torch.float64) for pair in chosen}
     for _, numbers in rows.pieces():
-        stacked = torch.stack(numbers).double()
-        if centred:
-            stacked.sub_(_median(numbers))
-        for i in range(n):
-            for j, product in enumerate(folded(torch.mul(stacked[i:], stacked[i])).tolist(), i):
-                totals[i][j] = totals[j][i] = totals[i][j] + product
-    return totals
+        middle = _median(numbers) if centred else None
+        vectors = [each.double() if middle is None else each.double().sub_(middle) for each in numbers]
+        for i, j in chosen:
+            sums[i, j][: vectors[i].numel()].add_(torch.mul(vectors[i], vectors[j]))
+    products = {pair: float(folded(each)) for pair, each in sums.items()}
+    return [[products.get((min(i, j), max(i, j)), 0.0) for j in range(n)] for i in range(n)]
 
 
 def _apart(products: Matrix, i: int, j: int) -> float:
@@ -585,6 +597,9 @@ class Combining:
     group: which carries them, as bytes. name: of this member. averaged: where buffers begin. left_out: told the names
     of those whose numbers are none. What `run` leaves in the result is the combination, and the digest is its own.
     Memory, beside that: all contributions as they travel.
+
+    digests: of what each contributor gives, as the coordinator says of the next attempt. Where a pair cannot talk,
+    contributions go by way of others, who could change them: then an attempt fails in which one has another digest.
     """
 
     def __init__(
@@ -598,6 +613,7 @@ class Combining:
     ) -> None:
         self._group, self._name, self._rule = group, name, rule
         self._wire, self._averaged, self._left_out = wire, averaged, left_out
+        self.digests: tuple[str, ...] = ()
 
     def run(self, start: Start, source: torch.Tensor | None, result: torch.Tensor) -> Done | Failed:
         """As `collectives.Group.run`. ValueError if somebody's contribution is not as long as it must be."""
@@ -610,7 +626,10 @@ class Combining:
         outcome = self._group.run(start, mine, gathered)
         if isinstance(outcome, Failed):
             return outcome
-        given = Contributions(torch.split(gathered, size) if size else (gathered,) * count, result.numel(), self._wire)
+        parts = torch.split(gathered, size) if size else (gathered,) * count
+        if start.op != "all_gather" and (changed := self._changed(start, parts)):
+            return self._refuse(start, changed)
+        given = Contributions(parts, result.numel(), self._wire)
         bad = combined(self._rule, given, self._averaged, result)
         if bad:
             self._left_out([start.contributors[index].name for index in bad])
@@ -627,3 +646,23 @@ class Combining:
         at = [member.name for member in start.contributors].index(self._name) * mine.numel()
         among_zeros[at : at + mine.numel()] = mine
         return among_zeros
+
+    def _changed(self, start: Start, parts: Sequence[torch.Tensor]) -> list[str]:
+        """Whose contribution is not what the coordinator was told of."""
+        expected = self.digests or ("",) * len(parts)
+        pairs = zip(start.contributors, parts, expected, strict=True)
+        return [member.name for member, part, digest in pairs if sealed(part) != digest]
+
+    def _refuse(self, start: Start, changed: list[str]) -> Failed:
+        """Blames those who have passed everything on, and those who gave it: it cannot be told who lies."""
+        reason = f"what {', '.join(changed)} gave was changed on its way"
+        suspects = [
+            member
+            for member, share in zip(start.contributors, start.shares, strict=True)
+            if (share > 0 or member.name in changed) and member.name != self._name
+        ]
+        lost = tuple(
+            LinkFailure(peer=each.name, incarnation=each.incarnation, evidence="corrupt", detail=reason)
+            for each in suspects
+        )
+        return Failed(identity=start.identity, reason=reason, lost=lost)

@@ -85,11 +85,13 @@ def test_a_live_view_needs_a_terminal_that_can(
 def test_live_view_shows_run_peers_and_events(live: LiveView) -> None:
     live.update(snapshot(peer("a"), peer("b", state="killed", loss=None, note="killed in round 3")))
     live.event({"event": "round.shrunk", "round": 3, "attempt": 1, "lost": ["b"]})
+    live.event({"event": "round.short", "round": 3, "contributors": ["a"], "needs": 3})
     live.event({"event": "train.loss", "peer": "a", "loss": 1.0})
     picture = live_picture(live)
     for words in ("demo", "round 3/40", "contributors: a, b", "held-out loss 2.500", "1,200", "7,800", "4.0 MB"):
         assert words in picture
     assert "killed in round 3" in picture and "round 3 goes on without b" in picture
+    assert "round 3 waits: it needs 3 contributors, and has a" in picture
     assert "train.loss" not in picture
 
 
