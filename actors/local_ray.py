@@ -24,6 +24,7 @@ from elastic.errors import ElasticError
 
 OBJECT_STORE_BYTES = 80 << 20
 NAMESPACE = "elastic"
+_TOKEN = secrets.token_hex(32)  # one for all Rays of this process: Ray's library remembers the first that it has read
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals by which a person or a machine asks a command to end."""
 
@@ -126,7 +127,7 @@ def _authenticate(folder: Path) -> None:
     token = folder / "token"
     descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
+        file.write(_TOKEN)
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -19,8 +19,8 @@ KEPT_BYTES = 4 << 20
 _COPY_SECONDS = 0.25
 _TAIL_BYTES = 256 << 10
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# what Ray tells its own log monitor by, and a list of modules that takes the place of what matters
-_NOISE = re.compile(r":(job_id|actor_name|task_name):|Extension modules: ")
+# what Ray tells its own log monitor by; and lists and repetitions that take the place of what matters
+_NOISE = re.compile(r":(job_id|actor_name|task_name):|Extension modules: |\[[^]]+\] logging\.cc:\d+: ")
 
 
 class KeptLog:

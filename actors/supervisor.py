@@ -41,8 +41,8 @@ class NoRoom(ElasticError):
 class Charge:
     """One peer in the supervisor's care. state: starting, running, restarting, finished or failed.
 
-    incarnation: of its last life that the run has admitted; 0: none. guest: it was another supervisor's before.
-    given_up: why no further life begins here, if the coordinator needs to know.
+    incarnation: of the last life that has said that the run has admitted it; 0: none. guest: it was another
+    supervisor's before. given_up: why no further life begins here, if the coordinator needs to know.
     """
 
     def __init__(self, spec: PeerSpec, policy: RestartPolicy, *, guest: bool = False) -> None:
@@ -290,7 +290,7 @@ class SiteSupervisor:
     async def _raised(self, charge: Charge, error: Exception) -> None:
         """With an exception: it may ask for another life; any other would be raised again."""
         after = getattr(error, "retry_after", None)
-        expelled = isinstance(error, Evicted) and SUPERSEDED not in str(error)
+        expelled = isinstance(error, Evicted) and "was expelled" in str(error) and SUPERSEDED not in str(error)
         if isinstance(after, (int, float)) and 0 <= after < math.inf:
             await self._restart(charge, after, error_line(error))
         elif getattr(error, "retryable", False) or expelled:

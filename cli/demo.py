@@ -390,8 +390,8 @@ class Demo:
             self._read_events(view)
             self._note(status, charges)
             view.update(self._snapshot(status))
+            self.failures = [said for charge in charges if (said := _failure(charge))]
             if all(charge.state in ("finished", "failed") for charge in charges):
-                self.failures = [line for charge in charges if (line := _failure(charge))]
                 return
             time.sleep(LOOK_SECONDS)
 
@@ -492,6 +492,7 @@ class Demo:
             seed=s.seed,
             wall_seconds=time.monotonic() - self._began,
         )
+        report["failures"] = self.failures
         write_report(s.out, report)
         no_picture = draw_loss(s.out / "loss.png", report)
         say(summary(report))

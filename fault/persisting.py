@@ -38,9 +38,7 @@ class Persisting(Generic[Key, Value]):
         self._missing: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
 
-    def window(
-        self, found: Mapping[Key, Value], at: float, judged: Callable[[Key], bool] = lambda key: True
-    ) -> None:
+    def window(self, found: Mapping[Key, Value], at: float, judged: Callable[[Key], bool] = lambda key: True) -> None:
         """One more look. at: when what was looked at began. judged: whether it would have shown this, were it there;
         for what it would not, nothing changes."""
         before = self._streaks

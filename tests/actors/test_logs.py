@@ -70,6 +70,7 @@ def test_a_tail_is_for_people(tmp_path: Path) -> None:
     path.write_bytes(
         b":actor_name:PeerHost\n\n\x1b[31mred\x1b[0m alert\r\n 10%|#   |\r 90%|### |\nbell\x07\tand \xff bytes\n"
         + b"x" * 1000
+        + b"\n[2026-11-30 10:05:50,480 E 8943 8943] logging.cc:474: *** SIGABRT received ***"
         + b"\nExtension modules: a, b (total: 2)\n"
     )
     said = tail(str(path))

@@ -142,6 +142,15 @@ def test_what_it_leaves_behind(finished: tuple[Path, dict[str, Any], str]) -> No
     assert "in the middle of round 3" in printed and "round 8 committed" in printed
 
 
+def test_why_a_peer_was_given_up_is_said_with_its_last_words() -> None:
+    from actors.supervisor import ChargeReport
+    from cli.demo import _failure
+
+    error = "ended 4 times within 29 s (it hangs)\nthe last lines of logs/peer-1.4.log:\n  the last word"
+    charge = ChargeReport(name="peer-1", state="failed", lives=4, pid=0, trained=None, error=error)
+    assert _failure(charge) == f"peer-1: {error}" and charge.reason == "ended 4 times within 29 s (it hangs)"
+
+
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 

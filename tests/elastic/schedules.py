@@ -170,6 +170,7 @@ TROUBLES: dict[str, dict[str, Action]] = {
         "spoil all": lambda w, p, n: [w.act(each, "spoil", n) for each in list(w.peers.values())],
         "calm": lambda w, p, n: [w.turn(seconds=2.5) for _ in range(1 + n % 8)],
     },
+    "sites": {"hand over": lambda w, p, n: w.hand_over(p, room=n % 3), "die": ACTIONS["die"]},
     "rivals": {
         "recover": _recover,
         "move": _move,
@@ -227,6 +228,7 @@ SCENARIOS = {
         Scenario("two epochs", data=SimData(epochs=2), ahead=2, often=("train", "reset")),
         Scenario("short stream", data=SimData(epochs=2, stream=18), often=("train",)),
         Scenario("long stream", "ab", warm=False, data=SimData(epochs=2, stream=31), ahead=3, often=("train", "turn")),
+        Scenario("sites", "abcd", data=SimData(epochs=2), trouble=("sites",), often=("train", "life")),
         Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),

@@ -35,6 +35,7 @@ from elastic.messages import (
     Exit,
     Expelled,
     FailedReport,
+    GivenUp,
     Gone,
     Heartbeat,
     Join,
@@ -53,6 +54,7 @@ from elastic.messages import (
     Represent,
     RoundFailed,
     SelfTest,
+    SiteReport,
     View,
     Welcome,
     Withdraw,
@@ -878,6 +880,7 @@ class World:
         self.hosts: list[Host] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.peers: dict[int, SimPeer] = {}
+        self.given_up: dict[str, GivenUp] = {}
         self.disk: dict[str, Checkpoint] = {}
         self.accounts: dict[bytes, Account] = {}
         self.cuts: set[frozenset[str]] = set()
@@ -1135,7 +1138,9 @@ class World:
         state = membership.members.get(name)
         known = state is not None and state.member.incarnation == message.incarnation
         current = known and message.generation == membership.generation
-        stale = message.incarnation in membership.retired or not (isinstance(message, (Join, Gone)) or current)
+        stale = message.incarnation in membership.retired or not (
+            isinstance(message, (Join, Gone, SiteReport)) or current
+        )
         before = durable(membership) if stale else ""
         if not stale:
             self._note(name, message, state, host.ledger)
@@ -1150,6 +1155,8 @@ class World:
             ledger.dones[key] = message.digest
         elif isinstance(message, (Leave, Gone)):
             ledger.proved.add(message.ended if isinstance(message, Gone) else message.incarnation)
+        elif isinstance(message, SiteReport):
+            ledger.proved.update(gone.ended for gone in message.given_up)
         elif isinstance(message, Join) and state is not None and state.member.incarnation != message.incarnation:
             ledger.proved.add(state.member.incarnation)
         elif isinstance(message, Applied) and message.computed:
@@ -1228,6 +1235,15 @@ class World:
             gone = Gone(run=RUN, incarnation=1, name=peer.name, ended=peer.incarnation, evidence="killed by signal 9")
             for host in self.hosts:
                 self.to_coordinator("supervisor", gone, host)
+
+    def hand_over(self, peer: SimPeer, *, room: int) -> None:
+        """The supervisor starts no further life of it, nor of those that it gave up before. Another site has room."""
+        if not peer.alive:
+            self.given_up[peer.name] = GivenUp(name=peer.name, ended=peer.incarnation, reason="it dies")
+        for host in self.hosts:
+            self.to_coordinator("supervisor", SiteReport(run=RUN, incarnation=2, site="there", room=room), host)
+            given_up = tuple(self.given_up.values())
+            self.to_coordinator("supervisor", SiteReport(run=RUN, incarnation=1, site="here", given_up=given_up), host)
 
     def lose_link(self, peer: SimPeer, other: SimPeer) -> None:
         """An idle link breaks; if the other process is gone, its port says so."""
