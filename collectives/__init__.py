@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collectives.group import Group, GroupStatistics, LinkStatistics
     from collectives.records import (
         Abort,
+        Awaited,
         Done,
         Failed,
         Identity,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         OperationRecord,
         Progress,
         Start,
+        Underway,
         WireRun,
     )
     from collectives.sockets import LinkOptions
@@ -34,7 +36,7 @@ _HOMES = {
         ("Abort", "Done", "Failed", "Identity", "LinkFailure", "LinkRecord", "Member", "OperationRecord", "Progress"),
         "records",
     ),
-    **dict.fromkeys(("Start", "WireRun"), "records"),
+    **dict.fromkeys(("Awaited", "Start", "Underway", "WireRun"), "records"),
     "FrameError": "frames",
     "LinkOptions": "sockets",
     **dict.fromkeys(("FetchError", "Partial", "SourceRecord"), "fetching"),
@@ -43,6 +45,7 @@ _HOMES = {
 
 __all__ = [
     "Abort",
+    "Awaited",
     "Done",
     "Failed",
     "FetchError",
@@ -60,6 +63,7 @@ __all__ = [
     "Progress",
     "SourceRecord",
     "Start",
+    "Underway",
     "WireRun",
 ]
 
