@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,9 +17,20 @@ from .errors import ConfigurationError
 
 
 class EventLog:
-    """Appends events to a JSONL file; without a path, drops them. Safe to use from several threads."""
+    """Appends events to a JSONL file; without a path, drops them. Safe to use from several threads.
 
-    def __init__(self, path: Path | None, *, run: str, peer: str = "") -> None:
+    on_failure: is called with the error of a write that failed; a full disk ends no training.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        run: str,
+        peer: str = "",
+        on_failure: Callable[[OSError], None] = lambda error: None,
+    ) -> None:
+        self._on_failure = on_failure
         self._common = {"run": run} | ({"peer": peer} if peer else {})
         self._lock = threading.Lock()
         self._file: TextIO | None = _open(path) if path else None
@@ -31,12 +43,15 @@ class EventLog:
         line = json.dumps(head | self._common | fields) + "\n"
         with self._lock:
             if not self._file.closed:
-                self._file.write(line)
-                self._file.flush()
+                try:
+                    self._file.write(line)
+                    self._file.flush()
+                except OSError as error:  # what does not fit stays in the file's buffer, and is tried with the next
+                    self._on_failure(error)
 
     def close(self) -> None:
         if self._file is not None:
-            with self._lock:
+            with self._lock, suppress(OSError):
                 self._file.close()
 
 

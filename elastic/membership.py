@@ -69,6 +69,7 @@ from .messages import (
     View,
     Welcome,
     Withdraw,
+    Witnessed,
 )
 from .roster import Effect, MemberState, Roster
 from .runstate import RunState
@@ -99,7 +100,7 @@ class Membership:
             progress=lambda: self.progress,
             evict=self._end_proven,
         )
-        self.watching = Watching(self._roster)
+        self.watching = Watching(self._roster, timeouts)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
         self.lives: dict[str, int] = {}
         self.retired: dict[int, str] = {}
@@ -154,6 +155,9 @@ class Membership:
             self._roster.send_to(name, message.incarnation, self.audit())
         elif isinstance(message, Gone):
             self._gone(message, now)
+        elif isinstance(message, Witnessed):
+            if self._roster.is_life(message.name, message.watched):
+                self.watching.witnessed(message, now)
         elif self._is_current(name, message):
             self._heard(name, now)
             self._dispatch(name, message, now)

@@ -121,7 +121,9 @@ class Hangs:
 
 def stands_still(trainer: Trainer, hang_seconds: float) -> bool:
     """Whether it has made no step for far too long, waits for nobody, and has made enough to know what is usual."""
-    if trainer.waiting or trainer.steps < ENOUGH or not math.isfinite(trainer.idle_seconds):
+    if trainer.waiting or trainer.steps < ENOUGH:
+        return False
+    if not (math.isfinite(trainer.idle_seconds) and math.isfinite(trainer.usual_seconds)):
         return False
     return trainer.idle_seconds > max(hang_seconds, TIMES * trainer.usual_seconds)
 

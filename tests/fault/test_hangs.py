@@ -51,6 +51,7 @@ def test_a_peer_that_makes_no_step_is_named_until_it_makes_one() -> None:
         trainer(1e6, steps=ENOUGH - 1),
         trainer(9 * 60.0, usual=60.0),
         trainer(float("nan")),
+        trainer(1e6, usual=float("nan")),
         trainer(float("inf")),
     ],
 )
