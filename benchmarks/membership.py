@@ -35,7 +35,7 @@ from benchmarks import common
 from benchmarks.common import Report
 from collectives.records import LinkFailure, Member
 from elastic.config import RunPolicy, Timeouts
-from elastic.coordinator import identity, packed
+from elastic.coordinator import packed
 from elastic.journal import Journal
 from elastic.membership import Membership
 from elastic.messages import (
@@ -62,6 +62,7 @@ from elastic.messages import (
     Welcome,
     decode,
     encode,
+    identity,
 )
 from elastic.roster import Effect, Persist
 

@@ -152,6 +152,7 @@ def _head(report: StatusReport) -> Iterable[Text | Table]:
     yield from (_verdict(verdict) for verdict in report.verdicts)
     yield from (_barred(barred) for barred in report.barred)
     yield _members(report.members)
+    yield _health(report.members)
 
 
 def _verdict(verdict: VerdictReport) -> Text:
@@ -182,6 +183,19 @@ def _members(members: Iterable[MemberReport]) -> Table:
         texts = clean(member.name), clean(member.site), str(member.life)
         last = clean(status.state), *numbers, human_bytes(status.bytes_sent), silence
         table.add_row(*map(Text, texts), state, *map(Text, last))
+    return table
+
+
+def _health(members: Iterable[MemberReport]) -> Table:
+    """How their processes are, and what their training threads are at."""
+    table = _table("peer", "memory", "GPU memory", "disk free", "usual step", "since the last")
+    for member in members:
+        health, trainer = member.status.health, member.status.trainer
+        sizes = health.memory_bytes, health.gpu_bytes, health.disk_free
+        known = (human_bytes(size) if size else "?" for size in sizes)
+        usual = f"{trainer.usual_seconds:.3g} s" if trainer.steps else "-"
+        idle = "waits" if trainer.waiting else f"{trainer.idle_seconds:.1f} s"
+        table.add_row(*map(Text, (clean(member.name), *known, usual, idle)))
     return table
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collectives.group import Group, GroupStatistics, LinkStatistics
     from collectives.records import (
         Abort,
+        Awaited,
         Done,
         Failed,
         Identity,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         OperationRecord,
         Progress,
         Start,
+        Underway,
         WireRun,
     )
     from collectives.sockets import LinkOptions
@@ -36,7 +38,7 @@ _HOMES = {
         ("Abort", "Done", "Failed", "Identity", "LinkFailure", "LinkRecord", "Member", "OperationRecord", "Progress"),
         "records",
     ),
-    **dict.fromkeys(("Interference", "LinkFaults", "Start", "WireRun"), "records"),
+    **dict.fromkeys(("Awaited", "Interference", "LinkFaults", "Start", "Underway", "WireRun"), "records"),
     "FrameError": "frames",
     "LinkOptions": "sockets",
     **dict.fromkeys(("FetchError", "Partial", "SourceRecord"), "fetching"),
@@ -45,6 +47,7 @@ _HOMES = {
 
 __all__ = [
     "Abort",
+    "Awaited",
     "Done",
     "Failed",
     "FetchError",
@@ -64,6 +67,7 @@ __all__ = [
     "Progress",
     "SourceRecord",
     "Start",
+    "Underway",
     "WireRun",
 ]
 

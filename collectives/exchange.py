@@ -30,13 +30,24 @@ from collectives import frames
 from collectives.frames import FrameError, Header, Kind
 from collectives.links import PIECE, Array, Link, Outgoing, Pool
 from collectives.patterns import LOSSLESS, Chunk, chunks_of, result_span, route, source_span
-from collectives.records import Abort, LinkFailure, LinkRecord, Member, OperationRecord, Progress, Start
+from collectives.records import (
+    Abort,
+    Awaited,
+    LinkFailure,
+    LinkRecord,
+    Member,
+    OperationRecord,
+    Progress,
+    Start,
+    Underway,
+)
 from collectives.sockets import Lease, LinkOptions
 from collectives.wires import WIRES, NonFinite, Wire
 
 _REDIALS = 2
 _LOOK_AFTER = 0.1  # seconds without a link after which to look whether the peer is there at all
 _ABSENT = object()
+_AWAITED = 32  # links that an attempt under way names
 _ENCODED_BYTES = 8 << 20  # of results that are kept as they travel, for all who get them; others are encoded for each
 _PIECE = 1 << 15  # numbers that are scaled at once: what they pass through stays in cache
 _UFUNCS: dict[str, Any] = {"min": np.minimum, "max": np.maximum}
@@ -57,18 +68,20 @@ class Host(Protocol):
 class Peer:
     """Another member of the attempt with which there is work. index: among the contributors, -1 for a receiver.
 
-    expected: chunks still to come from it. owed: frames it must get that the kernel has not taken yet.
+    expected: chunks still to come from it; terms: those of them that are added to a sum here. owed: frames it must get
+    that the kernel has not taken yet.
     waiting: what it gets as soon as it has said READY. unsent: chunks that it gets as soon as it gives credit for more;
     credit, credited: how many that is now, and how many came after the first. added: of its parts, here.
     touched: numbers have travelled between us.
-    own_bytes: received of its own numbers.
-    unlinked_since, look_at, finished_at, own_at (time.monotonic()): since when it has no link, when to look for it
-    next, and when the last of its chunks, and of its own numbers, came.
+    own_bytes, own_chunks: received of its own numbers.
+    unlinked_since, look_at, finished_at, own_at, moved_at (time.monotonic()): since when it has no link, when to look
+    for it next, and when the last of its chunks, of its own numbers, and anything at all, came.
     """
 
     member: Member
     index: int
     expected: int = 0
+    terms: int = 0
     owed: int = 0
     owner: bool = False
     touched: bool = False
@@ -88,6 +101,8 @@ class Peer:
     finished_at: float = 0.0
     own_bytes: int = 0
     own_at: float = 0.0
+    moved_at: float = 0.0
+    own_chunks: int = 0
     retransmits_before: int = 0
 
     @property
@@ -135,6 +150,7 @@ class Part:
         return self.view[got % PIECE : min(PIECE, self.header.length - got + got % PIECE)]
 
     def filled(self, stop: int) -> None:
+        self.peer.moved_at = time.monotonic()
         if self.streamed and (not stop % PIECE or stop == self.header.length):
             self._attempt.absorb(self, (stop - 1) // PIECE * PIECE, stop)
 
@@ -222,6 +238,7 @@ class Attempt:
             peers[chunk.owner].owner = True
             for term in way.terms:
                 peers[term].expected += term != self.me
+                peers[term].terms += term != self.me
             if way.above >= 0:
                 peers[way.above].expected += 1
             for index in (way.up, *way.down):
@@ -328,6 +345,39 @@ class Attempt:
             links=links,
         )
 
+    def underway(self) -> Underway:
+        """How it stands, from any thread: of whom something is awaited, and for how long nothing has come from there.
+
+        Where sums travel on, as in a ring, nobody's own numbers can be told from the others': all is "result" there.
+        """
+        start, now = self.start, time.monotonic()
+        with self.condition:
+            awaited = [each for peer in self._contributors if (each := self._awaited(peer, now)) is not None]
+            awaited.sort(key=lambda each: -each.seconds)
+            stage = "own" if any(peer.terms for peer in self._contributors) else "result"
+            return Underway(
+                tag=start.tag,
+                round=start.round,
+                attempt=start.attempt,
+                stage=stage if self._everyone_ready() else "ready",
+                seconds=now - self.begun,
+                awaited=tuple(awaited[:_AWAITED]),
+            )
+
+    def _awaited(self, peer: Peer, now: float) -> Awaited | None:
+        if not (peer.expected or not peer.ready):
+            return None
+        own = self._direct and peer.terms > 0
+        if peer.ready and own and peer.own_chunks >= self._allowed(peer):
+            return None
+        what = "ready" if not peer.ready else "own" if own else "result"
+        since = max(peer.moved_at, self._ready_at or self.begun)
+        return Awaited(peer=peer.member.name, what=what, seconds=now - since)
+
+    def _allowed(self, peer: Peer) -> float:
+        """How many chunks of its own numbers this peer may have sent here by now: see `_credit`."""
+        return self._window + peer.added // self._step * self._step if self._owned > self._window else np.inf
+
     # What the group reports, from any thread.
 
     def linked(self, link: Link) -> None:
@@ -420,7 +470,7 @@ class Attempt:
     def _peer_ready(self, peer: Peer) -> None:
         if peer.ready:
             return
-        peer.ready = True
+        peer.ready, peer.moved_at = True, time.monotonic()
         waiting, peer.waiting = peer.waiting, []
         for kind, index in waiting:
             self._give(kind, [index], (peer,))
@@ -638,6 +688,7 @@ class Attempt:
 
     def arrived(self, part: Part, nbytes: int, digest: int) -> None:
         """A verified payload: use it, or keep it until its turn. The observer hears of it before anything follows."""
+        part.peer.moved_at = time.monotonic()
         if self.host.observer is not None:
             self._tell(self.host.observer)
         index = part.header.chunk
@@ -678,6 +729,8 @@ class Attempt:
             peer.expected -= 1
             peer.bytes_received += nbytes
             if own:
+                peer.terms -= 1
+                peer.own_chunks += 1
                 peer.own_bytes += nbytes
                 peer.own_at = time.monotonic()
             if not peer.expected:

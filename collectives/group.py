@@ -24,7 +24,18 @@ from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Re
 from collectives.handshake import CUT, Dialling, Porter, Self, probe
 from collectives.links import Array, Link, Outgoing, Pool, Stripe
 from collectives.patterns import SMALLEST
-from collectives.records import Abort, Done, Failed, Identity, LinkFailure, LinkFaults, Member, Progress, Start
+from collectives.records import (
+    Abort,
+    Done,
+    Failed,
+    Identity,
+    LinkFailure,
+    LinkFaults,
+    Member,
+    Progress,
+    Start,
+    Underway,
+)
 from collectives.shared import MAX_SLOTS
 from collectives.sockets import (
     LinkOptions,
@@ -698,6 +709,12 @@ class Group:
                 self._fetches.discard(fetch)
 
     # The end.
+
+    def underway(self) -> tuple[Underway, ...]:
+        """The attempts that have been entered here and have not ended."""
+        with self._lock:
+            attempts = [attempt for attempt in self._attempts.values() if not attempt.settled]
+        return tuple(attempt.underway() for attempt in attempts)
 
     def statistics(self) -> GroupStatistics:
         """Counts so far."""

@@ -210,6 +210,33 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Awaited:
+    """What one link has not brought yet. what: "ready" (that peer has not begun, as far as this one knows), "own" (its
+    own numbers, which depend on nobody else), "result" (what depends on others, too). seconds: since anything of the
+    attempt came from there.
+    """
+
+    peer: str
+    what: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Underway:
+    """An attempt that has been entered here and has not ended. stage: what it waits for first: "ready", then "own",
+    then "result". seconds: since it was entered. awaited: a few at most, the longest first; not in it is who waits for
+    this peer, because it was not allowed to send more.
+    """
+
+    tag: str
+    round: int
+    attempt: int
+    stage: str
+    seconds: float
+    awaited: tuple[Awaited, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far an attempt has come on this peer: passed to the group's `observe` hook after each received chunk."""
 

@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "ELASTIC_LANES": "of a peer of several ranks: 1 (each has links of its own to other peers) or 0 (the leader alone)",
     "ELASTIC_EVENTS_DIR": "folder for this peer's event log",
     "ELASTIC_CHAOS": "folder from which this process takes orders for faults on purpose (elastic chaos)",
+    "ELASTIC_WITNESS": "1 (a small process beside the peer tells if that ends or stands still) or 0 (there is none)",
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -41,6 +42,14 @@ def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         hint = f"did you mean ELASTIC_{near[0]}?" if near else "known: " + ", ".join(sorted(ENVIRONMENT))
         raise ConfigurationError(f"unknown environment variable {key}: {hint}")
     return found
+
+
+def switched(variable: str, env: Mapping[str, str]) -> bool:
+    """Whether this variable is 1, which it is by default. Raises ConfigurationError unless it is 0 or 1."""
+    wanted = env.get(variable, "1")
+    if wanted not in ("0", "1"):
+        raise ConfigurationError(f"{variable} is {wanted!r}: it must be 0 or 1")
+    return wanted == "1"
 
 
 def check_name(what: str, name: str) -> str:
@@ -131,6 +140,7 @@ class Timeouts:
 
     grace: how long a round waits for the rest once a quorum has proposed.
     evict_after: silence after which a member that nobody proved dead loses its membership and its shards.
+    hang: without an inner step, or without a byte of what is awaited, after which a living peer or a link is named.
     """
 
     heartbeat: float = 0.5
@@ -139,6 +149,7 @@ class Timeouts:
     round: float = 1800.0
     grace: float = 5.0
     evict_after: float = 60.0
+    hang: float = 30.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

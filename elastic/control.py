@@ -17,8 +17,7 @@ from typing import Any
 import zmq
 
 from .config import addresses
-from .coordinator import identity
-from .messages import FROM_COORDINATOR, MAX_MESSAGE_BYTES, Message, MessageError, decode, encode
+from .messages import FROM_COORDINATOR, MAX_MESSAGE_BYTES, Message, MessageError, decode, encode, identity
 
 
 class Control:
@@ -26,7 +25,8 @@ class Control:
 
     on_message runs on the control thread, must not block, and says whether the message counts: what an old generation
     says is no sign of life. on_beat, called every `heartbeat` seconds, returns the message to send or None. on_failure
-    is called if the thread ends by an error of its own. patience: seconds before another address is tried.
+    is called if the thread ends by an error of its own. patience: seconds before another address is tried. beats,
+    beat_bytes, beat_seconds: how many there were, how large, and the processor time of making them.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class Control:
         on_failure: Callable[[Exception], None],
     ) -> None:
         self.heard_at = time.monotonic()
+        self.beats = self.beat_bytes = 0
+        self.beat_seconds = 0.0
         self._heartbeat, self._on_message, self._on_beat = heartbeat, on_message, on_beat
         self._on_failure = on_failure
         self._outbox: deque[bytes] = deque()
@@ -128,9 +130,14 @@ class Control:
                 return
 
     def _beat(self) -> None:
+        began = time.thread_time()
         message = self._on_beat()
         if message is not None:
-            self._outbox.append(encode(message))
+            packed = encode(message)
+            self.beats += 1
+            self.beat_bytes += len(packed)
+            self.beat_seconds += time.thread_time() - began
+            self._outbox.append(packed)
             self._flush()
 
     def _flush(self) -> None:

@@ -32,16 +32,12 @@ from .messages import (
     StatusReport,
     decode,
     encode,
+    identity,
 )
 from .recovery import Recovery
 from .roster import Effect, Emit, Persist, Send
 
 BATCH = 1000
-
-
-def identity(name: str, incarnation: int) -> bytes:
-    """The ZeroMQ identity of one life of a peer."""
-    return f"{name}/{incarnation:016x}".encode()
 
 
 def packed(effects: Iterable[Effect]) -> Iterator[tuple[Send, bytes]]:

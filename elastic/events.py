@@ -23,9 +23,18 @@ class EventLog:
 
     Nothing ends for want of an event: what cannot be written, on a full disk for instance, is `dropped`, and counted.
     check: told before each write; what it raises is a failed one (faults on purpose, whose own events are exempt).
+    on_failure: is called with the error of a write that failed.
     """
 
-    def __init__(self, path: Path | None, *, run: str, peer: str = "") -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        run: str,
+        peer: str = "",
+        on_failure: Callable[[OSError], None] = lambda error: None,
+    ) -> None:
+        self._on_failure = on_failure
         self._common = {"run": run} | ({"peer": peer} if peer else {})
         self._lock = threading.Lock()
         self.dropped = 0
@@ -45,8 +54,9 @@ class EventLog:
                 if not self._file.closed:
                     self._file.write(line)
                     self._file.flush()
-        except OSError:
+        except OSError as error:  # what does not fit stays in the file's buffer, and is tried with the next
             self.dropped += 1
+            self._on_failure(error)
 
     def close(self) -> None:
         if self._file is not None:

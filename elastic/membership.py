@@ -76,6 +76,7 @@ from .messages import (
     View,
     Welcome,
     Withdraw,
+    Witnessed,
 )
 from .roster import Effect, MemberState, Roster
 from .runstate import RunState
@@ -117,7 +118,7 @@ class Membership:
             progress=lambda: self.progress,
             evict=self._end_proven,
         )
-        self.watching = Watching(self._roster)
+        self.watching = Watching(self._roster, timeouts)
         self.isolation = Isolation(policy.faults, policy.min_peers, timeouts.evict_after)
         self._vacancies = Vacancies(self._roster, timeouts, release=self._leasing.release)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
@@ -181,6 +182,9 @@ class Membership:
             self._gone(message, now)
         elif isinstance(message, SiteReport):
             self._site_report(name, message, now)
+        elif isinstance(message, Witnessed):
+            if self._roster.is_life(message.name, message.watched):
+                self.watching.witnessed(message, now)
         elif self._is_current(name, message):
             self._heard(name, now)
             self._dispatch(name, message, now)

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgpack
 
-from collectives.records import Abort, LinkFailure, Member, Start, WireRun
-from fault.records import Crossing, Gave
+from collectives.records import Abort, LinkFailure, Member, Start, Underway, WireRun
+from fault.records import Crossing, Gave, Health, Trainer
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -95,7 +95,7 @@ class PeerStatus:
     """How a peer is doing; rides on its heartbeats. Seconds and bytes; losses are NaN until there is one.
 
     held_out_loss: of the outer parameters on data that nobody trains on; a run may have a target for it.
-    steps_per_second: of inner steps, without waiting for rounds.
+    steps_per_second: of inner steps, without waiting for rounds. trainer, health: see there.
     """
 
     state: str = "idle"
@@ -107,6 +107,8 @@ class PeerStatus:
     bytes_sent: int = 0
     bytes_received: int = 0
     links: tuple[LinkReport, ...] = ()
+    trainer: Trainer = field(default_factory=Trainer)
+    health: Health = field(default_factory=Health)
 
 
 # --- from peers -----------------------------------------------------------------------------------------------------
@@ -134,12 +136,15 @@ class Join(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
-    """crossings, gave: since the last one. step_seconds: the median of the inner steps since then; 0.0 if none."""
+    """crossings, gave: since the last one. step_seconds: the median of the inner steps since then; 0.0 if none.
+    underway: attempts that this peer has entered and that have not ended, a few at most.
+    """
 
     status: PeerStatus
     crossings: tuple[Crossing, ...] = ()
     step_seconds: float = 0.0
     gave: tuple[Gave, ...] = ()
+    underway: tuple[Underway, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +316,9 @@ class LinkLost(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone(Message):
-    """A site supervisor's proof that a process has ended. ended: the incarnation of peer `name` that it held."""
+    """The proof of a witness, or a site's supervisor, that a process has ended. ended: the incarnation of peer `name`
+    that it held.
+    """
 
     name: str
     ended: int
@@ -340,6 +347,24 @@ class SiteReport(Message):
     given_up: tuple[GivenUp, ...] = ()
     taking: tuple[str, ...] = ()
     declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Witnessed(Message):
+    """A witness sees a peer's process stand still. watched: the incarnation of peer `name` that it holds.
+
+    state: the letter of its main thread in /proc ("T": stopped). beat_seconds: since its heart last beat; step_seconds:
+    since its last inner step (-1: none). exchanging: an exchange is under way. cpu_seconds: of processor time that it
+    has used since it stood still.
+    """
+
+    name: str
+    watched: int
+    state: str = ""
+    beat_seconds: float = 0.0
+    step_seconds: float = -1.0
+    exchanging: bool = False
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -661,6 +686,11 @@ class AuditReport(Message):
         return not self.twice and not self.missing
 
 
+def identity(name: str, incarnation: int) -> bytes:
+    """The ZeroMQ identity of one life of a peer."""
+    return f"{name}/{incarnation:016x}".encode()
+
+
 # --- codec ----------------------------------------------------------------------------------------------------------
 
 
@@ -769,7 +799,7 @@ FROM_PEERS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
-        LinkLost, Gone, SiteReport, StatusRequest, Recomputed, SetTarget, AuditRequest,
+        LinkLost, Gone, SiteReport, Witnessed, StatusRequest, Recomputed, SetTarget, AuditRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {

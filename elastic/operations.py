@@ -13,6 +13,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -125,10 +126,12 @@ class Operation:
         finished: tuple[int, int] = (0, -1),
         silent_for: Callable[[], float] = lambda: 0.0,
         operated: Callable[[OperationRecord], None] = lambda record: None,
+        exchanging: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._proposal, self._buffers = proposal, buffers
         self._name, self._inbox, self._group, self._send = name, inbox, group, send
         self._finished, self._silent_for, self._operated = finished, silent_for, operated
+        self._exchanging = exchanging
         self._pending: Message = proposal
         self._done: Done | None = None
         self._begin: Begin | None = None
@@ -219,7 +222,8 @@ class Operation:
         self._done, self._begin, self._result = None, begin, result
         self._proposal = dataclasses.replace(self._proposal, round=start.round)
         try:
-            outcome = self._group.run(start, source if gives(start, self._name) else None, result)
+            with self._exchanging():
+                outcome = self._group.run(start, source if gives(start, self._name) else None, result)
         except ValueError as error:  # numbers that cannot travel, or an attempt that cannot be: nothing to try again
             raise ConfigurationError(str(error), peer=self._name, round=start.round, epoch=start.epoch) from error
         if isinstance(outcome, Done):

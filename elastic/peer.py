@@ -22,6 +22,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,7 @@ from .config import (
     check_endpoint,
     check_name,
     environment,
+    switched,
 )
 from .control import Control
 from .data import Data, ShardSampler, layout_of
@@ -96,14 +98,16 @@ from .messages import (
 from .operations import ASK_AGAIN_SECONDS, Executor, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .ranks import ALONE, Alone
 from .runstate import LINEAGE, RunState
-from .telemetry import Telemetry
+from .telemetry import Telemetry, TelemetryStatistics
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
+from .witness import Witness
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.utils.data import Dataset
 
 KEPT_NOTES = 256
+MOST_UNDERWAY = 16  # attempts that a heartbeat tells of
 SIGTERM_SECONDS = 25.0
 GOOD_BYE_SECONDS = 1.0  # for the coordinator to hear that this peer leaves
 OPS = ("sum", "mean", "min", "max")
@@ -174,7 +178,9 @@ class Gathered(Finished):
 
 @dataclass(frozen=True, slots=True)
 class PeerStatistics:
-    """epoch, life, members: as last heard. rounds, tokens: committed by the run. coordinator_silence: seconds."""
+    """epoch, life, members: as last heard. rounds, tokens: committed by the run. coordinator_silence: seconds.
+    telemetry: what it costs to know all this.
+    """
 
     epoch: int
     life: int
@@ -184,12 +190,16 @@ class PeerStatistics:
     operations_waiting: int
     coordinator_silence: float
     group: GroupStatistics
+    telemetry: TelemetryStatistics
 
 
 class Work(Generic[Result]):
     """A running collective. `wait` returns its result or raises what went wrong."""
 
-    def __init__(self, call: Callable[[], Result]) -> None:
+    def __init__(
+        self, call: Callable[[], Result], waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._waiting = waiting
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(call,), name="elastic-work", daemon=True)
@@ -203,7 +213,8 @@ class Work(Generic[Result]):
 
     def wait(self, timeout: float | None = None) -> Result:
         """Raises TimeoutError if it still runs after `timeout` seconds; it goes on, and can be waited for again."""
-        self._thread.join(timeout)
+        with self._waiting():
+            self._thread.join(timeout)
         if self._thread.is_alive():
             raise TimeoutError(f"the operation is still running after {timeout} s")
         if self._error is not None:
@@ -251,6 +262,8 @@ class Peer:
     lanes: whether each of those processes has links of its own to other peers (the default), or the leader alone.
     faults: what is to go wrong here on purpose (`fault.inject`), for tests and drills; of several processes, on the
     leader. With ELASTIC_CHAOS, whoever may write to that folder decides.
+    witness: whether a small process beside this one tells the coordinator should this one end, or stand still (the
+    default; see `witness`). If it cannot be started, the event `witness.failed` says why, and all else goes on.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
     (no answer within join_timeout seconds), VersionMismatch, Quarantined (the name is barred for `retry_after` s).
@@ -288,8 +301,10 @@ class Peer:
         process_group: dist.ProcessGroup | None = None,
         lanes: bool | None = None,
         faults: Injector | None = None,
+        witness: bool | None = None,
     ) -> None:
         env = environment()
+        witness = switched("ELASTIC_WITNESS", env) if witness is None else witness
         where = _where(coordinator, run, token, env)
         self.run = where.run
         self.name = check_name("peer", name or env.get("ELASTIC_NAME") or _own_name())
@@ -316,6 +331,8 @@ class Peer:
         self._drain_until: float | None = None
         self._sigterm: Any = None
         self._leaving = False
+        self._witness: Witness | None = None
+        self._witness_lost = False
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
         self._held: dict[tuple[str, int], Applied] = {}
         self._testing, self._tested = False, dict[str, Any]()
@@ -342,6 +359,8 @@ class Peer:
         self._control = self._connect(where.coordinator)
         self._join(where.coordinator, join_timeout)
         self._take_faults(env)
+        if witness:
+            self._start_witness(where.coordinator)
         self._drain_on_sigterm(sigterm_deadline)
 
     def _take_faults(self, env: dict[str, str]) -> None:
@@ -364,7 +383,19 @@ class Peer:
         return open_group(Group, **options)
 
     def _event_log(self, folder: Path | str | None, writer: str) -> EventLog:
-        return EventLog(Path(folder) / f"{writer}.jsonl" if folder else None, run=self.run, peer=self.name)
+        path = Path(folder) / f"{writer}.jsonl" if folder else None
+        log = EventLog(path, run=self.run, peer=self.name, on_failure=self.telemetry.vitals.refused)
+        if path:
+            self.telemetry.vitals.writes(path.parent)
+        return log
+
+    def _start_witness(self, coordinator: str) -> None:
+        """Without one, a death is found out by others, and of a silent peer nobody knows whether it stands still."""
+        try:
+            self._witness = Witness(coordinator, self.run, self.name, self.incarnation, self.timeouts.heartbeat)
+            self.telemetry.activity.marked_in(self._witness.page)
+        except (OSError, AttributeError) as error:  # a system that has no pidfd, or no memfd
+            self.events.emit("witness.failed", reason=f"{type(error).__name__}: {error}")
 
     def _connect(self, coordinator: str) -> Control:
         return Control(
@@ -512,6 +543,8 @@ class Peer:
     def close(self) -> None:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
         self._undo_sigterm()
+        if self._witness is not None:
+            self._witness.close()
         self._fail(Evicted("this Peer is closed", peer=self.name))
         if self._station is not None:
             self._station.close()
@@ -545,7 +578,25 @@ class Peer:
             operations_waiting=len(self._inboxes),
             coordinator_silence=self.silent_for(),
             group=self.group.statistics(),
+            telemetry=self._telemetry_statistics(),
         )
+
+    def _telemetry_statistics(self) -> TelemetryStatistics:
+        control = self._control
+        return dataclasses.replace(
+            self.telemetry.statistics(),
+            beats=control.beats,
+            beat_bytes=control.beat_bytes,
+            beat_seconds=control.beat_seconds,
+            witness_seconds=self._witness.seconds if self._witness is not None else 0.0,
+        )
+
+    def not_training(self) -> AbstractContextManager[None]:
+        """What this thread does within the context is no inner step, however long it takes: nobody takes it for a hang.
+
+        An outer loop says so itself of its rounds and of `evaluating()`; for instance for a long validation of yours.
+        """
+        return self.telemetry.activity.waiting()
 
     def report(self, **status: Any) -> None:
         """Sets fields of the status that rides on heartbeats: state, step, loss, held_out_loss, tokens_per_second,
@@ -618,7 +669,7 @@ class Peer:
             settle(call.staged.device)
             return reduced
 
-        return Work(reduce)
+        return Work(reduce, self.telemetry.activity.waiting)
 
     def reduce_scatter(
         self,
@@ -728,7 +779,7 @@ class Peer:
         """One operation from the proposal to its commit: the fields of `Finished`, the last orders, the flat result."""
         if self.faults is not None:
             self.faults.entered()
-        with self.inbox(call.tag) as inbox:
+        with self.inbox(call.tag) as inbox, self.telemetry.activity.waiting():
             proposal = self.proposal(call.tag, call.spec, weight=call.weight)
             outcome = self.operation(proposal, buffers, inbox).run(call.timeout or self.timeouts.round)
         commit = self._settle(call.tag, outcome)
@@ -873,7 +924,7 @@ class Peer:
 
     def pause(self) -> None:
         """Waits until something changes in the run, or a moment."""
-        with self._changed:
+        with self._changed, self.telemetry.activity.waiting(whoever=True):
             self._check()
             self._changed.wait(min(self.timeouts.heartbeat, ASK_AGAIN_SECONDS))
 
@@ -903,6 +954,7 @@ class Peer:
             finished=self._finished.get(proposal.tag, (0, -1)),
             silent_for=self.silent_for,
             operated=self.telemetry.operated,
+            exchanging=self.telemetry.activity.exchanging,
         )
 
     def inbox(self, tag: str) -> _OpenInbox:
@@ -911,6 +963,10 @@ class Peer:
 
     def ask(self, request: Message, inbox: Inbox, answer: type[Message], timeout: float) -> Message:
         """Sends `request` until a message of the kind `answer` comes; raises what the coordinator refuses with."""
+        with self.telemetry.activity.waiting(whoever=True):
+            return self._ask(request, inbox, answer, timeout)
+
+    def _ask(self, request: Message, inbox: Inbox, answer: type[Message], timeout: float) -> Message:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self._check()
@@ -966,6 +1022,8 @@ class Peer:
     # --- messages, on the control thread ----------------------------------------------------------------------------
 
     def _beat(self) -> Message | None:
+        in_time = self.telemetry.activity.beat(self.timeouts.chunk)
+        self._look_at_witness()
         if self._fatal is not None:
             return None
         if not self._generation or self.life == 0:
@@ -976,6 +1034,8 @@ class Peer:
             bytes_sent=carried.bytes_sent + carried.bytes_served,
             bytes_received=carried.bytes_received,
             links=tuple(_measured(link) for link in carried.links if link.state == "up"),
+            trainer=self.telemetry.activity.trainer(),
+            health=self.telemetry.vitals.look(),
         )
         return Heartbeat(
             run=self.run,
@@ -983,8 +1043,14 @@ class Peer:
             incarnation=self.incarnation,
             epoch=self._epoch,
             status=status,
+            underway=self.group.underway()[:MOST_UNDERWAY] if in_time else (),
             **self.telemetry.take(),
         )
+
+    def _look_at_witness(self) -> None:
+        if self._witness is not None and self._fatal is None and self._witness.ended and not self._witness_lost:
+            self._witness_lost = True
+            self.events.emit("witness.lost", reason="its process has ended; this peer goes on without")
 
     def _join_message(self, **memory: Any) -> Join:
         return Join(
@@ -1153,7 +1219,7 @@ class Peer:
 
     def _wait(self, ready: Callable[[], bool], timeout: float, too_late: Callable[[], ElasticError]) -> None:
         deadline = time.monotonic() + timeout
-        with self._changed:
+        with self._changed, self.telemetry.activity.waiting():
             while not ready():
                 self._check()
                 left = deadline - time.monotonic()

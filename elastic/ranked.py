@@ -19,6 +19,7 @@ from .lanes import Lane, LanedGroup, LaneFacts, open_lane
 from .messages import Message, RunProgress
 from .peer import SIGTERM_SECONDS, Peer, PeerView, Reduced, Work, open_group
 from .ranks import Ranks
+from .telemetry import Telemetry
 
 LANE_OPTIONS = ("run", "name", "incarnation", "options")  # what the groups of all ranks have in common
 PATIENCE = 1800.0  # seconds that ranks wait for each other at the least: a step, or a round, can be long
@@ -123,7 +124,7 @@ class RankedPeer(Peer):
         self._fatal = None
         self._drain_until = self._sigterm = None
         self.when_idle, self.when_leaving, self.recomputes = [], [], {}
-        self.data = Data(self)
+        self.data, self.telemetry = Data(self), Telemetry()
         folder = options.get("events_dir") or environment().get("ELASTIC_EVENTS_DIR")
         self.events = self._event_log(folder, f"{self.name}.rank{self.ranks.rank}")
         self._drain_on_sigterm(options.get("sigterm_deadline", SIGTERM_SECONDS))

@@ -1,7 +1,8 @@
 """Records in, verdicts out. Pure: time comes with the records, and nothing here opens a socket or reads a clock.
 
 Each rule is in a file of its own: `slowness` (senders, receivers, links), `stragglers` (steps), `gradients`
-(contributions). It decides nothing: what follows from a verdict is for the membership to say.
+(contributions), `hangs` (who stands still). It decides nothing: what follows from a verdict is for the membership to
+say.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+
+from collectives.records import Underway
 
 from .delays import Slow
 from .gradients import Bad, Contribution, Gradients
+from .hangs import Hangs
 from .persisting import Patience
-from .records import Crossing, Gave
+from .records import Crossing, Gave, Trainer
 from .robust import DEVIATIONS
 from .slowness import Slowness
 from .stragglers import Straggler, Stragglers
@@ -25,13 +29,18 @@ _KINDS = {"sender": SENDER, "receiver": RECEIVER, "node": NODE, "link": LINK, "a
 
 
 class Detector:
-    """settle_seconds: how long the reports of one round are waited for, from the first of them."""
+    """settle_seconds: how long the reports of one round are waited for, from the first of them. hang_seconds: without
+    a step, or a byte that is awaited.
+    """
 
-    def __init__(self, patience: Patience | None = None, *, settle_seconds: float = 2.0) -> None:
+    def __init__(
+        self, patience: Patience | None = None, *, settle_seconds: float = 2.0, hang_seconds: float = 30.0
+    ) -> None:
         self._patience = patience or Patience()
         self._settle = settle_seconds
         self._slowness = Slowness(self._patience)
         self._stragglers = Stragglers(self._patience)
+        self._hangs = Hangs(hang_seconds)
         self._gradients: dict[str, Gradients] = defaultdict(Gradients)
         self._steps: dict[str, list[float]] = defaultdict(list)
         self._steps_began: float | None = None
@@ -56,8 +65,13 @@ class Detector:
         norm = gave.norm if gave.norm >= 0 else float("nan")
         given[peer] = Contribution(norm=norm, cosine=gave.cosine)
 
+    def is_at(self, peer: str, trainer: Trainer, underway: tuple[Underway, ...], at: float) -> None:
+        """What its training thread and its exchanges are at."""
+        self._hangs.reported(peer, trainer, underway, at)
+
     def forget(self, peer: str) -> None:
         """It has gone; a later life is another."""
+        self._hangs.forget(peer)
         self._slowness.forget(peer)
         self._stragglers.forget(peer)
         self._steps.pop(peer, None)
@@ -68,8 +82,8 @@ class Detector:
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
-    def look(self, at: float) -> tuple[Verdict, ...]:
-        """Time has come to this: all that is confirmed by now."""
+    def look(self, at: float, silent: Collection[str] = ()) -> tuple[Verdict, ...]:
+        """Time has come to this: all that is confirmed by now. silent: peers that are not heard of."""
         self._slowness.look(at)
         if self._steps_began is not None and at - self._steps_began >= self._patience.window_seconds:
             window = {peer: statistics.median(seconds) for peer, seconds in self._steps.items()}
@@ -79,7 +93,8 @@ class Detector:
         for key in sorted(key for key, (began, _) in self._rounds.items() if at - began >= self._settle):
             began, given = self._rounds.pop(key)
             self._gradients[key[0]].round(given, began)
-        return tuple(sorted(self._verdicts(), key=lambda verdict: verdict.key))
+        standing = self._hangs.look(at, silent)
+        return tuple(sorted((*standing, *self._verdicts()), key=lambda verdict: verdict.key))
 
     def _verdicts(self) -> Iterator[Verdict]:
         for slow, since in self._slowness.slow.values():

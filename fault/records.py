@@ -29,3 +29,35 @@ class Gave:
     version: int
     norm: float
     cosine: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """What the thread that trains is at.
+
+    steps: inner steps of this life. usual_seconds: of one of them, the median lately. idle_seconds: since the last, or
+    since it last waited for others, whichever is later. waiting: it waits for others just now (a round, a lease, a
+    state, a checkpoint), evaluates, or does not train: it is not its fault that it makes no step.
+    """
+
+    steps: int = 0
+    usual_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    waiting: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How the process and its machine are. 0: not known.
+
+    memory_bytes: resident. gpu_bytes: of a CUDA device's memory, reserved by torch. disk_free, disk_bytes: of the
+    fullest of the disks that this peer writes to (events, checkpoints). disk_refused: a write failed for want of room,
+    so many times. clock: seconds of the wall clock minus those of the monotonic one.
+    """
+
+    memory_bytes: int = 0
+    gpu_bytes: int = 0
+    disk_free: int = 0
+    disk_bytes: int = 0
+    disk_refused: int = 0
+    clock: float = 0.0

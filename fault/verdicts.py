@@ -10,13 +10,15 @@ AMBIGUOUS, STRAGGLER, GRADIENT = "slow, ambiguous", "slow peer", "bad gradient"
 CRASH, SILENT, CUT, CORRUPT = "crash", "silent", "cut", "corrupt frames"
 FLAPPING, DRIFTED = "flapping", "drifted state"
 HANG, STALLED = "hang outside communication", "hang in communication"
+DISK, CLOCK = "disk full", "clock jump"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """kind: the class. culprits: the peer; of a link, its sender and receiver; of what is ambiguous, the candidates: it
     may be that sender, that receiver, or the link between them. A "silent" peer is not heard of: frozen, or cut off
-    from the coordinator; "cut" are two peers that cannot reach one another. since: seconds of the observer's clock.
+    from the coordinator; if its witness tells which, it is one of the hangs. "cut" are two peers that cannot reach one
+    another. since: seconds of the observer's clock.
     confidence: from 0 to 1. evidence: the numbers behind it, by name.
     """
 

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
@@ -79,6 +80,12 @@ class Checkpoints:
     def is_shared(self) -> bool:
         scheme = urlsplit(self.url).scheme if "://" in self.url else ""
         return scheme not in ("", "file", "local") if self.shared is None else self.shared
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is on a disk of this machine; None if the URL has another scheme than file or local."""
+        scheme, _, path = self.url.rpartition("://")
+        return Path(path) if scheme in ("", "file", "local") else None
 
     def store(self, run: str, tag: str, check: Callable[[str], None] | None = None) -> Store:
         return Store(self.url, run, tag, keep=self.keep, check=check)

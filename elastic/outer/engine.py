@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -298,7 +298,9 @@ class OuterLoop:
     def _enter(self) -> None:
         self._context = self.peer.inbox(self.tag)
         self._inbox = self._context.__enter__()
-        self._fetch_base(self._from_disk())
+        self.peer.telemetry.activity.begin()
+        with self._no_step():
+            self._fetch_base(self._from_disk())
         self.replica.share = 1.0 / max(1, len(self.peer.view.members))
         self.replica.reset()
         self.joining.entered(self.version.number)
@@ -324,7 +326,8 @@ class OuterLoop:
         drains gives what it has learned if that is committed in time, and goes without if not.
         """
         try:
-            self._together("finish", self._finish)
+            with self._no_step():
+                self._together("finish", self._finish)
         finally:
             self._leave()
 
@@ -382,6 +385,7 @@ class OuterLoop:
         self.peer.send(Exit(run=self.peer.run, tag=self.tag))
         self._context.__exit__()
         self._context = self._inbox = None
+        self.peer.telemetry.activity.end()
 
     # --- the ranks of this peer ---------------------------------------------------------------------------------------
 
@@ -407,9 +411,13 @@ class OuterLoop:
     def _after_step(self) -> None:
         if self.peer.faults is not None:
             self.peer.faults.stepped(self.pace.stepping)
-        with self.pace.in_hook():
+        with self.pace.in_hook(), self._no_step():
             self.peer.telemetry.stepped(self.pace.last_step)
             self._work()
+
+    def _no_step(self) -> AbstractContextManager[None]:
+        """The thread that trains waits for others, or does what belongs to rounds: it is no hang if that takes long."""
+        return self.peer.not_training()
 
     def _work(self) -> None:
         self.steps += 1
@@ -459,10 +467,11 @@ class OuterLoop:
 
     def _idle(self) -> None:
         """There is no data to train on for now: gives what it has learned, then follows the others (rule 11)."""
-        self._flush()
-        if not (self.replica.learned or self.peer.over):
-            self.peer.report(state="receiving")
-            self._receive(True)
+        with self._no_step():
+            self._flush()
+            if not (self.replica.learned or self.peer.over):
+                self.peer.report(state="receiving")
+                self._receive(True)
         self.pace.resume()
 
     def _receive(self, receiving: bool) -> None:
@@ -525,7 +534,8 @@ class OuterLoop:
         """Exchanges now what has been learned since the last rounds, of all fragments; returns at once if that is
         nothing.
         """
-        self._together("flush", self._flush)
+        with self._no_step():
+            self._together("flush", self._flush)
 
     def _flush(self) -> None:
         """The fragment that was exchanged last comes last: as long as there is anything to give of the next one."""
@@ -939,16 +949,17 @@ class OuterLoop:
     @contextmanager
     def evaluating(self) -> Iterator[torch.nn.Module]:
         """The model with the outer parameters in it; the local ones come back afterwards."""
-        local = self.layout.keep()
-        self._together("evaluate", self.replica.load_outer)
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield self.model
-        finally:
-            self.model.train(training)
-            self.layout.put_back(local)
-            self.pace.resume()
+        with self._no_step():
+            local = self.layout.keep()
+            self._together("evaluate", self.replica.load_outer)
+            training = self.model.training
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train(training)
+                self.layout.put_back(local)
+                self.pace.resume()
 
     def state_dict(self) -> dict[str, Any]:
         """The outer state, this peer's place in the rounds and in its data, defined between any two inner steps.
@@ -977,7 +988,8 @@ class OuterLoop:
         Raises CheckpointMismatch for another model, algorithm or dataset; then nothing changes. With several ranks, a
         call of all; the leader's state counts.
         """
-        self._together("load_state_dict", lambda: self._load_state_dict(state))
+        with self._no_step():
+            self._together("load_state_dict", lambda: self._load_state_dict(state))
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         for what, ours in (("algorithm", self.spec.algorithm), ("fingerprint", self.layout.fingerprint)):

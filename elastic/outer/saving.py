@@ -51,7 +51,7 @@ class Saver:
         self.checkpoints, self._peer, self._spec = checkpoints, peer, spec
         self._layout, self._local = layout, local
         self._store = checkpoints.store(peer.run, tag, check=peer.faults.check_disk if peer.faults else None)
-        self._writer = Writer(lambda error: peer.events.emit("checkpoint.failed", reason=str(error)))
+        self._writer = Writer(self._failed)
         self._last: Due | None = None
         self._saved = -1
 
@@ -134,12 +134,21 @@ class Saver:
 
     def _write(self, due: Due, part: dict[str, Any]) -> int:
         version, name = due.version, self._peer.name
+        self._look_at_disk()
         if due.mine:
             written = self._store.save(self._snapshot(due), peer=name, state=part)
         else:
             written = self._store.write_peer(version.number, version.state_hash, name, part)
         self._peer.events.emit("checkpoint.written", version=version.number, bytes=written, outer=due.mine)
         return written
+
+    def _look_at_disk(self) -> None:
+        if (folder := self.checkpoints.folder) is not None:
+            self._peer.telemetry.vitals.look_at_disk(folder)
+
+    def _failed(self, error: Exception) -> None:
+        self._peer.telemetry.vitals.refused(error)
+        self._peer.events.emit("checkpoint.failed", reason=str(error))
 
     def _snapshot(self, due: Due) -> Snapshot:
         state = RunState.from_bytes(due.state)

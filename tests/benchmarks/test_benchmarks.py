@@ -86,6 +86,14 @@ def test_detector() -> None:
     assert all(0.9 <= sample[key] <= 1 for sample in found["samples"] for key in ("recall", "precision"))
 
 
+def test_telemetry() -> None:
+    found = report("telemetry", "--quick", "--size", "1")
+    assert not [note for note in found["notes"] if "FAILED" in note]
+    *parts, whole = found["samples"]
+    assert [sample["cells"]["part"] for sample in parts] == ["collecting", "beating", "witness", "marks"]
+    assert all(sample["seconds"] > 0 and sample["beats"] > 3 for sample in parts) and 0 < whole["share"] < 0.02
+
+
 def test_quality() -> None:
     found = report("quality", "--quick")
     rows = {sample["row"]: sample for sample in found["samples"]}

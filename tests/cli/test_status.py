@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import elastic.vitals
 from cli import exits
 from cli.main import main
 from elastic.config import RunPolicy, Timeouts
@@ -40,11 +43,11 @@ def served(folder: Path) -> Iterator[Coordinator]:
 
 
 @pytest.fixture
-def training(served: Coordinator) -> Iterator[Coordinator]:
+def training(served: Coordinator, folder: Path) -> Iterator[Coordinator]:
     """A run in which eu-1 has committed 8 of 40 samples."""
     model = torch.nn.Linear(1, 1)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Peer(served.address, run="corn", name="eu-1", site="eu", timeouts=TIMES) as peer:
+    with Peer(served.address, run="corn", name="eu-1", site="eu", timeouts=TIMES, events_dir=folder) as peer:
         with DiLoCo(model, inner, peer, sync_every=2):
             for number, batch in enumerate(peer.shards(torch.ones(40, 1), batch_size=4, shard_size=10, epochs=1)):
                 if number == 2:
@@ -61,6 +64,18 @@ def test_a_person_sees_peers_progress_and_shards(training: Coordinator) -> None:
                   "8 samples committed  0 twice  0 missing"):  # fmt: skip
         assert words in result.output, result.output
     assert "\x1b" not in result.output
+
+
+def test_what_is_wrong_is_said_with_its_numbers(training: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = SimpleNamespace(statvfs=lambda folder: SimpleNamespace(f_bavail=5, f_blocks=2000, f_frsize=1 << 20))
+    monkeypatch.setattr(elastic.vitals, "os", disk)
+    deadline = time.monotonic() + 60
+    while "disk full" not in (output := status(training.address, "--name", "corn").output):
+        assert time.monotonic() < deadline, output
+        time.sleep(0.1)
+    assert "disk full: eu-1  for " in output and "free_bytes 5.24" in output and "5.2 MB" in output
+    (verdict,) = json.loads(status(training.address, "--name", "corn", "--json").output)["verdicts"]
+    assert (verdict["kind"], verdict["culprits"]) == ("disk full", ["eu-1"])
 
 
 def test_a_program_gets_one_json_object(training: Coordinator) -> None:

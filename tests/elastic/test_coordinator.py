@@ -13,10 +13,10 @@ import zmq
 from harness import Run, until
 
 from elastic.config import RunPolicy
-from elastic.coordinator import Coordinator, identity
+from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError, CoordinatorUnavailable
 from elastic.events import EventReader
-from elastic.messages import Applied, Enter, Exit, Join, Message, OperationSpec, encode
+from elastic.messages import Applied, Enter, Exit, Join, Message, OperationSpec, encode, identity
 from elastic.outer.diloco import DiLoCo
 from elastic.peer import Peer
 

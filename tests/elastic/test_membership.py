@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import OUTER, OUTER_SPEC, PLAIN, PLAIN_SPEC, RUN, TIMES, Checkpoint, SimPeer, World
 
-from collectives.records import LinkFailure, Member, WireRun
+from collectives.records import Awaited, LinkFailure, Member, Underway, WireRun
 from collectives.tuning import FINEST
 from elastic.config import RunPolicy
 from elastic.deciding import TOO_LATE_ONCE_TOO_OFTEN
@@ -32,6 +32,7 @@ from elastic.messages import (
     Enter,
     Exit,
     FailedReport,
+    Gone,
     Heartbeat,
     Join,
     LeaseRequest,
@@ -48,10 +49,12 @@ from elastic.messages import (
     SetTarget,
     StatusRequest,
     Withdraw,
+    Witnessed,
 )
 from elastic.roster import Send
 from elastic.runstate import RunState
-from fault.records import Crossing, Gave
+from fault.records import Crossing, Gave, Health, Trainer
+from fault.verdicts import CLOCK, DISK, HANG, STALLED
 
 # --- how the stories are told ---------------------------------------------------------------------------------------
 
@@ -1619,6 +1622,114 @@ def test_silence_is_said_while_it_lasts() -> None:
     assert report.confidence == 0.5 and report.lasting_seconds >= TIMES.chunk
     world.act(peers["c"], "beat")
     world.deliver_up(peers["c"], 100)
+    assert not verdicts(world)
+
+
+def witness(world: World, peer: SimPeer, **seen: Any) -> None:
+    """What its witness sends, with which anybody may be connected."""
+    message = Witnessed(run=RUN, incarnation=77, name=peer.name, watched=peer.incarnation, **seen)
+    assert world.membership is not None
+    assert not [
+        effect for effect in world.membership.receive("witness", message, world.now) if isinstance(effect, Send)
+    ]
+
+
+@pytest.mark.parametrize(
+    "seen, kind, stopped",
+    [
+        ({"state": "T"}, HANG, 1.0),
+        ({"state": "S", "cpu_seconds": 2.0}, HANG, 0.0),
+        ({"state": "T", "exchanging": True}, STALLED, 1.0),
+    ],
+)
+def test_of_a_silent_peer_its_witness_says_that_it_stands_still(
+    seen: dict[str, Any], kind: str, stopped: float
+) -> None:
+    world, peers = training()
+    witness(world, peers["c"], **seen)
+    assert not verdicts(world), "as long as it is heard of, that says nothing"
+    wait(world, int(TIMES.chunk) + 1, peers["a"], peers["b"])
+    assert verdicts(world) == {("silent", ("c",))}, "what a witness said before is old"
+    witness(world, peers["c"], **seen, beat_seconds=5.0)
+    assert verdicts(world) == {(kind, ("c",))}
+    (report,) = world.membership.status(world.now).verdicts  # type: ignore[union-attr]
+    assert report.evidence["stopped"] == stopped and report.evidence["beat_seconds"] == 5.0
+    assert report.lasting_seconds >= TIMES.chunk and report.confidence >= 0.9
+    wait(world, int(TIMES.chunk) + 1, peers["a"], peers["b"])
+    assert verdicts(world) == {("silent", ("c",))}, "now the witness is silent, too: its machine may be gone"
+    world.act(peers["c"], "beat")
+    world.deliver_up(peers["c"], 100)
+    assert not verdicts(world)
+
+
+def test_the_witness_of_another_life_says_nothing_of_this_one() -> None:
+    world, peers = training()
+    former = peers["c"]
+    world.die(former)
+    peers["c"] = world.start("c")
+    talk(world)
+    wait(world, int(TIMES.chunk) + 1, peers["a"], peers["b"])
+    witness(world, former, state="T")
+    assert (HANG, ("c",)) not in verdicts(world)
+    gone = Gone(run=RUN, incarnation=77, name="c", ended=former.incarnation, evidence="its process has ended")
+    world.membership.receive("witness", gone, world.now)  # type: ignore[union-attr]
+    assert world.membership.members["c"].member.incarnation == peers["c"].incarnation  # type: ignore[union-attr]
+
+
+def test_a_member_tells_of_its_full_disk_and_its_clock() -> None:
+    world, peers = training("ab")
+
+    def beat(free: int, clock: float) -> None:
+        health = Health(disk_free=free, disk_bytes=1 << 30, clock=clock)
+        tell(world, peers["a"], Heartbeat, status=PeerStatus(health=health))
+        world.tick(1.0)
+
+    beat(1 << 29, 1.7e9)
+    assert not verdicts(world)
+    beat(1 << 20, 1.7e9)
+    assert verdicts(world) == {(DISK, ("a",))}
+    beat(1 << 29, 1.7e9 - 60)
+    assert verdicts(world) == {(CLOCK, ("a",))}
+    assert events(world, "anomaly.confirmed")[-1]["evidence"]["seconds"] == -60.0
+    world.act(peers["a"], "leave")
+    talk(world)
+    wait(world, 61, peers["b"])
+    assert not verdicts(world)
+
+
+def test_a_member_that_makes_no_step_hangs_although_it_is_heard_of() -> None:
+    world, peers = training("ab")
+
+    def beat(idle: float, **state: Any) -> None:
+        trainer = Trainer(**{"steps": 9, "usual_seconds": 0.1, "idle_seconds": idle, "waiting": False} | state)
+        tell(world, peers["a"], Heartbeat, status=PeerStatus(trainer=trainer))
+        world.tick(0.1)
+
+    beat(TIMES.hang - 1)
+    assert not verdicts(world)
+    beat(TIMES.hang + 1)
+    assert verdicts(world) == {(HANG, ("a",))}
+    assert events(world, "anomaly.confirmed")[-1]["evidence"] == {"seconds": TIMES.hang + 1, "usual_seconds": 0.1}
+    beat(0.0, waiting=True)
+    assert not verdicts(world)
+
+
+def test_an_exchange_that_stands_still_is_told_of_members_alone() -> None:
+    world, peers = training("abc")
+
+    def beat(*awaited: str, seconds: float = TIMES.hang + 1) -> None:
+        for name in "ab":
+            waits = tuple(Awaited(peer=peer, what="own", seconds=seconds) for peer in awaited)
+            attempt = Underway(tag=OUTER, round=0, attempt=0, stage="own", seconds=99.0, awaited=waits)
+            tell(world, peers[name], Heartbeat, status=PeerStatus(), underway=(attempt,) if awaited else ())
+        world.tick(0.1)
+
+    beat("nobody")
+    beat("c", seconds=TIMES.hang - 1)
+    assert not verdicts(world)
+    beat("c", "nobody")
+    assert verdicts(world) == {(STALLED, ("c",))}
+    beat()
     assert not verdicts(world)
 
 

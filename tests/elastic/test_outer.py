@@ -556,6 +556,7 @@ def test_without_a_decision_the_run_stops_rather_than_train_on(run: Run) -> None
         return loop.version.number
 
     assert run.together(train, run.several(2)) == [3, 3] and wrong.wrong >= 2
+    until(lambda: parity_events(run), 5)  # events are written after messages are sent
     (undecided,) = parity_events(run)
     assert undecided["held"].keys() == {"p0", "p1"} and all(h in str(errors[0]) for h in undecided["held"].values())
     assert run.coordinator is not None and run.coordinator.status().progress.rounds == 3
