@@ -22,7 +22,7 @@ class Patience:
     history: int = 30
     needed: int = 5
     window_seconds: float = 1.0
-    pairs_per_second: int = 10_000
+    pairs_per_second: int = 6_000
     least_bytes: int = 64 << 10
 
 

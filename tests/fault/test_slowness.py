@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -168,6 +169,32 @@ def test_small_messages_and_short_windows_say_nothing() -> None:
     assert detector.windows == 0
     detector.look(6.0)
     assert detector.windows == 1
+
+
+@pytest.mark.parametrize("carried", [1 << 17, 1 << 20, 1 << 24])
+def test_another_share_of_the_bytes_is_no_fault_whatever_part_of_a_delay_is_latency(carried: int) -> None:
+    """A new plan gives p1 less, or more: all its cells change, in a way of their own."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(carried)
+    latency = chance.uniform(0.0, 0.2, (4, 4))
+    for window in range(40):
+        for s, d in permutations(range(4), 2):
+            share = carried if d == 1 and window >= 20 else 1 << 20
+            seconds = latency[s, d] + share / 20e6
+            detector.observe(f"p{s}", f"p{d}", share, seconds * math.exp(chance.normal(0, 0.05)), float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
+
+
+def test_who_is_slow_with_another_share_is_named_all_the_same() -> None:
+    feed = Feed()
+    feed.windows(10)
+    for _ in range(3):
+        for s, d in permutations(range(4), 2):
+            seconds = math.exp(feed._usual[s, d]) * 2 * (3.0 if s == 1 else 1.0)
+            feed.detector.observe(f"p{s}", f"p{d}", 2 << 20, seconds, feed.now)
+        feed.now += 1.0
+        feed.detector.look(feed.now)
+    assert set(feed.detector.slow) == {("sender", ("p1",))}
 
 
 def test_windows_of_very_many_pairs_last_longer() -> None:

@@ -1,0 +1,193 @@
+"""One process of `benchmarks.faults`: the coordinator, or a peer that trains and may be what a fault befalls.
+
+Orders as in `worker`. A step is a real one of a small network, and then a timed wait, so that both together take a
+step's time, as if an accelerator computed. What is wrong with the peer is set from outside: a pace, by which its steps
+take longer, and what becomes of its gradients.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+import elastic
+from benchmarks import common
+from collectives import LinkOptions
+from elastic.membership import Membership
+from elastic.messages import Heartbeat
+
+RUN = "faults"
+BATCH = 8
+SHARD = 4096  # samples: more than a peer reads between two faults
+TOKENS = 512  # that a sample stands for
+LEARNING_RATE = 1e-4
+POISON = {"nan": float("nan"), "flip": -1.0, "scale": 20.0}
+"""What gradients are multiplied by."""
+
+# elastic imports what is in it with the first use: a spare has that behind it
+USED = (elastic.Peer, elastic.DiLoCo, elastic.Coordinator, elastic.RunPolicy)
+
+torch.set_num_threads(1)
+
+
+class Samples(Dataset[torch.Tensor]):
+    """Random inputs, each a function of its index."""
+
+    tokens_per_sample = TOKENS
+
+    def __init__(self, width: int) -> None:
+        self._noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(3))
+        self._width = width
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        at = index * 7919 % (len(self._noise) - self._width)
+        return self._noise[at : at + self._width]
+
+
+class Model(torch.nn.Module):
+    """Two square layers of float32, `mib` MiB together, the same on all peers."""
+
+    def __init__(self, mib: float, seed: int = 1) -> None:
+        super().__init__()
+        self.width = round((mib * 2**20 / 4 / 2) ** 0.5)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            layers = (torch.nn.Linear(self.width, self.width, bias=False) for _ in range(2))
+            self.layers = torch.nn.Sequential(next(layers), torch.nn.Tanh(), next(layers))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """The distance to what a fixed function of the batch is: to its own inputs, in another order."""
+        loss: torch.Tensor = (self.layers(batch) - batch.flip(1)).square().sum(1).mean()
+        return loss
+
+
+class Training(threading.Thread):
+    """Trains until the process ends. steps: made so far; poisoned: with gradients that were changed."""
+
+    def __init__(self, order: dict[str, Any], model: Model) -> None:
+        super().__init__(name="training", daemon=True)
+        self.order, self._model = order, model
+        self.pace, self.poison = 1.0, ""
+        self.steps = self.poisoned = 0
+        self.cc: list[str] = []
+        self.ready, self.error = threading.Event(), ""
+
+    def run(self) -> None:
+        try:
+            self._train()
+        except BaseException as error:
+            self.error = f"{type(error).__name__}: {error}"
+        self.ready.set()
+
+    def _peer(self) -> elastic.Peer:
+        order = self.order
+        options = LinkOptions(shared_memory=False, congestion_control=order["cc"])
+        where, listen = order["coordinator"], f"{order['host']}:0"
+        return elastic.Peer(where, run=RUN, name=order["name"], listen=listen, options=options)
+
+    def _train(self) -> None:
+        model, order = self._model, self.order
+        inner = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+        chance = random.Random(order["name"])
+        with self._peer() as peer, elastic.DiLoCo(model, inner, peer, sync_every=order["sync_every"]):
+            peer.wait_for(order["peers"])
+            self.ready.set()
+            began = time.monotonic()
+            for batch in peer.shards(Samples(model.width), batch_size=BATCH, shard_size=SHARD):
+                model(batch).backward()
+                self._spoil(model)
+                usual = order["step_ms"] / 1e3 * chance.lognormvariate(0.0, order["jitter"])
+                time.sleep(max(0.0, began + self.pace * usual - time.monotonic()))
+                inner.step()
+                inner.zero_grad()
+                self.steps += 1
+                self.cc = [link.congestion_control for link in peer.statistics().group.links]
+                began = time.monotonic()
+
+    def _spoil(self, model: Model) -> None:
+        if self.poison:
+            self.poisoned += 1
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(POISON[self.poison])
+
+
+class Desk:
+    """Carries out one order after the other; what a method returns is the answer."""
+
+    def __init__(self, name: str) -> None:
+        self._coordinator: elastic.Coordinator | None = None
+        self._training: Training | None = None
+        self._model: Model | None = None
+
+    def coordinate(self, order: dict[str, Any]) -> dict[str, Any]:
+        """record: a file for all telemetry that comes."""
+        if order["record"]:
+            record(Path(order["record"]))
+        policy = elastic.RunPolicy(min_peers=2)
+        address, events = f"tcp://{order['host']}:0", Path(order["events"])
+        self._coordinator = elastic.Coordinator(address, run=RUN, policy=policy, events=events)
+        return {"address": self._coordinator.address}
+
+    def audit(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._coordinator is not None, "this is no coordinator"
+        report = self._coordinator.audit()
+        return {"committed": report.committed, "twice": report.twice, "missing": report.missing}
+
+    def prepare(self, order: dict[str, Any]) -> dict[str, Any]:
+        """What a spare has before it is needed: imports, and a model."""
+        self._model = Model(order["mib"])
+        return {}
+
+    def train(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Becomes the peer `name`, and returns once it is in the run and the others are there."""
+        assert self._model is not None, "prepare first"
+        self._training = Training(order, self._model)
+        self._training.start()
+        self._training.ready.wait()
+        return self.facts(order)
+
+    def befall(self, order: dict[str, Any]) -> dict[str, Any]:
+        """From now on, steps take `pace` times as long, or gradients are changed."""
+        assert self._training is not None, "nothing is trained"
+        self._training.pace, self._training.poison = order.get("pace", 1.0), order.get("poison", "")
+        return self.facts(order)
+
+    def facts(self, order: dict[str, Any]) -> dict[str, Any]:
+        training = self._training
+        assert training is not None, "nothing is trained"
+        if training.error:
+            raise RuntimeError(training.error)
+        return {"steps": training.steps, "poisoned": training.poisoned, "cc": sorted(set(training.cc))}
+
+
+def record(path: Path) -> None:
+    """From now on, what peers tell of themselves is written down, one heartbeat a line: see `detector.replayed`."""
+    receive: Callable[..., Any] = Membership.receive
+    file = path.open("w", encoding="utf-8")
+
+    def received(self: Membership, name: str, message: Any, now: float) -> Any:
+        if isinstance(message, Heartbeat) and name in self.members:
+            crossings = [[each.peer, each.bytes, float(f"{each.seconds:.4g}")] for each in message.crossings]
+            gave = [[each.tag, each.version, float(f"{each.norm:.4g}"), round(each.cosine, 4)] for each in message.gave]
+            step = float(f"{message.step_seconds:.4g}")
+            file.write(json.dumps([round(now, 3), name, crossings, step, gave], separators=(",", ":")) + "\n")
+            file.flush()
+        return receive(self, name, message, now)
+
+    Membership.receive = received  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    common.take_orders(Desk)
