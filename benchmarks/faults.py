@@ -46,6 +46,7 @@ SLOWER = 3.0
 PAST = 7  # rounds that a peer has been in before its pace, or a link's, is judged: five windows, and some
 LASTING = (CRASH, CORRUPT, FLAPPING)  # what happened once is told for a while: nothing is wrong any more
 PATIENCE = 120.0
+CLEARED = 45.0  # seconds after which a verdict that still stands is a false one
 
 Found = TypeVar("Found")
 Key = tuple[str, tuple[str, ...]]
@@ -62,7 +63,8 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class Kind:
     """A class of faults. names: of verdicts, each of which is right. strike: the method of `Crew`. whom: "peer", "away"
-    (a peer that is not beside the coordinator), "pair" of those, or "link". past: rounds of health that it needs.
+    (a peer that is not beside the coordinator), "pair" of those, or "link" (one that carries contributions: of others,
+    nobody times anything). past: rounds of health that it needs.
     seconds: how long a verdict is waited for. goal: of seconds, or of rounds, to reach.
     """
 
@@ -137,6 +139,12 @@ class Watch:
 
     def rounds_of(self, name: str, since: float) -> int:
         return sum(name in each["contributors"] for each in self.commits(max(since, self.joined(name))))
+
+    def share(self, name: str) -> float:
+        """Of what is exchanged, the part that is sent to this peer to be added up, by the plan of the moment."""
+        plans = [each["shares"] for each in self.since(0.0, "plan.changed")]
+        equal = not plans or isinstance(plans[-1], str)
+        return 1.0 if equal else float(plans[-1].get(name, 0.0))
 
     def lost_rounds(self) -> int:
         """Numbers that were given up, or are missing between others."""
@@ -219,13 +227,14 @@ class Crew:
     # --- how they are -------------------------------------------------------------------------------------------------
 
     def settle(self, rounds: int, past: int = 0) -> None:
-        """Until all have been in so many rounds from now on, and `past` in their lives, and nothing is wrong."""
+        """Until all have been in so many rounds from now on, `past` in their lives, and nothing is said to be wrong."""
         began = time.monotonic()
 
         def well() -> bool:
             self.mend()
             counts = [(self.watch.rounds_of(name, began), self.watch.rounds_of(name, 0.0)) for name in NAMES]
-            return all(new >= rounds and all_ >= past for new, all_ in counts) and not self._wrong
+            quiet = not self._wrong or time.monotonic() - began > CLEARED
+            return all(new >= rounds and all_ >= past for new, all_ in counts) and quiet
 
         if not self.watch.until(well):
             raise BenchmarkError(f"not all are well again after {PATIENCE:g} s: {sorted(self.watch.standing)}")
@@ -247,7 +256,7 @@ class Crew:
         """The culprits of this turn."""
         away = [name for name in NAMES if self.place[name].site != self._home.site] if self.wan else list(NAMES)
         if kind.whom == "link":
-            pairs = list(permutations(NAMES, 2))
+            pairs = [pair for pair in permutations(NAMES, 2) if self.watch.share(pair[1]) > 0.1]
             return pairs[turn * 5 % len(pairs)]
         if kind.whom == "pair":
             return tuple(sorted(away[(turn + i) % len(away)] for i in range(2)))
@@ -517,7 +526,7 @@ def arguments_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--goodput", action="store_true", help="tokens per second with and without kills")
     parser.add_argument("--seconds", type=float, default=120.0, help="--goodput: of each run (default 120)")
     parser.add_argument("--every", type=float, default=30.0, help="--goodput: seconds between kills (default 30)")
-    parser.add_argument("--size", dest="mib", type=float, default=16.0, help="MiB of parameters (default 16)")
+    parser.add_argument("--size", dest="mib", type=float, default=8.0, help="MiB of parameters (default 8)")
     parser.add_argument("--step-ms", type=float, default=100.0, help="of a timed wait (default 100)")
     parser.add_argument("--sync-every", type=int, default=16, help="H (default 16)")
     parser.add_argument("--jitter", type=float, default=0.1, help="log-deviation of a step's time (default .1)")

@@ -28,7 +28,7 @@ RUN = "faults"
 BATCH = 8
 SHARD = 4096  # samples: more than a peer reads between two faults
 TOKENS = 512  # that a sample stands for
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-6
 POISON = {"nan": float("nan"), "flip": -1.0, "scale": 20.0}
 """What gradients are multiplied by."""
 
@@ -39,20 +39,22 @@ torch.set_num_threads(1)
 
 
 class Samples(Dataset[torch.Tensor]):
-    """Random inputs, each a function of its index."""
+    """Random inputs of a few kinds, each a function of its index: what peers learn from them has much in common."""
 
     tokens_per_sample = TOKENS
 
     def __init__(self, width: int) -> None:
-        self._noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(3))
-        self._width = width
+        generator = torch.Generator().manual_seed(3)
+        self._kinds = torch.randn(64, width, generator=generator)
+        self._noise = 0.3 * torch.randn(1 << 16, generator=generator)
 
     def __len__(self) -> int:
         return 1 << 30
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        at = index * 7919 % (len(self._noise) - self._width)
-        return self._noise[at : at + self._width]
+        kind = self._kinds[index * 2654435761 % (1 << 32) % len(self._kinds)]
+        at = index * 7919 % (len(self._noise) - len(kind))
+        return kind + self._noise[at : at + len(kind)]
 
 
 class Model(torch.nn.Module):
@@ -146,7 +148,10 @@ class Desk:
         return {"committed": report.committed, "twice": report.twice, "missing": report.missing}
 
     def prepare(self, order: dict[str, Any]) -> dict[str, Any]:
-        """What a spare has before it is needed: imports, and a model."""
+        """What a spare has before it is needed: a model, and the first step of a process behind it: that takes long."""
+        first = Model(0.1)
+        first(torch.zeros(1, first.width)).backward()
+        torch.optim.SGD(first.parameters(), lr=LEARNING_RATE).step()
         self._model = Model(order["mib"])
         return {}
 

@@ -1,11 +1,15 @@
 """Slow senders, receivers and links over time: windows of measured delays in, what persists out.
 
 One window is what came in since the last: often one operation per pair. A cell is judged against its own past, because
-links over a WAN differ by nature; what it was while it was suspected does not become its past. How much an operation
-carries over a link changes with its plan, and nobody knows which part of a delay is latency and which goes with the
-bytes. So what was to be expected lies between as long as before and in proportion to the bytes; within these bounds, a
-cell is taken to be as all are in the middle. What `delays.slow_parts`
-finds in several windows running is confirmed, and cleared when it has not been found for as many.
+links over a WAN differ by nature; what it was while it was suspected does not become its past. What
+`delays.slow_parts` finds in several windows running is confirmed, and cleared when it has not been found for as many.
+
+How much an operation carries over a link changes with its plan, and nobody knows which part of a delay is latency and
+which goes with the bytes. So what was to be expected lies between as long as before and in proportion to the bytes;
+within these bounds, a cell is taken to be as all are in the middle.
+
+What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by as many seconds (busy
+machines do, and then the shortest seem to be hit most): what is named must stand out both ways.
 """
 
 from __future__ import annotations
@@ -13,12 +17,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .delays import Matrix, Slow, slow_parts
+from .delays import Slow, slow_parts
 from .persisting import Patience, Persisting
 
 Pair = tuple[str, str]
@@ -65,16 +69,16 @@ class Slowness:
         self._began = None
 
     def _judge(self, logs: Mapping[Pair, Measured]) -> tuple[Slow, ...]:
+        usual = {pair: _middle(past) for pair, past in self._past.items() if len(past) >= self.patience.needed}
+        judged = {pair: (logs[pair], usual[pair]) for pair in logs.keys() & usual.keys()}
         names = sorted({name for pair in logs for name in pair})
-        index = {name: i for i, name in enumerate(names)}
-        low, high = np.full((2, len(names), len(names)), np.nan)
-        for (sender, receiver), (carried, seconds) in logs.items():
-            past = self._past.get((sender, receiver), ())
-            if len(past) >= self.patience.needed:
-                before, took = _middle(past)
-                bounds = sorted((seconds - took, seconds - took - (carried - before)))
-                low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
-        return slow_parts(np.clip(_level((low + high) / 2), low, high), names)
+        found = _slow(judged, names)
+        if not found:
+            return ()
+        common = max(0.0, statistics.median_low(math.exp(s) - math.exp(t) for (_, s), (_, t) in judged.values()))
+        less = {pair: ((b, _less(s, common)), before) for pair, ((b, s), before) in judged.items()}
+        still = {(slow.kind, slow.culprits) for slow in _slow(less, names)}
+        return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)
 
     def _learn(self, logs: Mapping[Pair, Measured]) -> None:
         """What is suspected of being slow is not what is usual."""
@@ -93,11 +97,23 @@ class Slowness:
         self._persisting.forget(lambda key: name in key[1])
 
 
+def _slow(judged: Mapping[Pair, tuple[Measured, Measured]], names: Sequence[str]) -> tuple[Slow, ...]:
+    """Of what was measured, beside what is usual."""
+    index = {name: i for i, name in enumerate(names)}
+    low, high = np.full((2, len(names), len(names)), np.nan)
+    for (sender, receiver), ((carried, seconds), (before, took)) in judged.items():
+        bounds = sorted((seconds - took, seconds - took - (carried - before)))
+        low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
+    seen = np.isfinite(low)
+    level = float(np.median((low + high)[seen] / 2)) if seen.any() else 0.0
+    return slow_parts(np.clip(level, low, high), names)
+
+
 def _middle(values: Iterable[Measured]) -> Measured:
     carried, seconds = zip(*values, strict=True)
     return statistics.median(carried), statistics.median(seconds)
 
 
-def _level(logs: Matrix) -> float:
-    seen = logs[np.isfinite(logs)]
-    return float(np.median(seen)) if seen.size else 0.0
+def _less(log: float, seconds: float) -> float:
+    """The logarithm of so many seconds less."""
+    return math.log(max(math.exp(log) - seconds, 1e-6))

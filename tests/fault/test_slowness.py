@@ -197,6 +197,25 @@ def test_who_is_slow_with_another_share_is_named_all_the_same() -> None:
     assert set(feed.detector.slow) == {("sender", ("p1",))}
 
 
+@pytest.mark.parametrize("common", [0.2, 0.5, 2.0])
+def test_what_takes_everybody_as_many_seconds_more_is_nobodys_fault(common: float) -> None:
+    """A busy machine: the short delays become many times as long, the long ones hardly."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(5)
+    usual = np.where(np.add.outer([0, 0, 1, 1], [0, 0, 1, 1]) == 1, 0.8, 0.15)
+    for window in range(40):
+        more = common * chance.lognormal(0, 0.2) if window >= 20 else 0.0
+        for s, d in permutations(range(4), 2):
+            seconds = usual[s, d] * chance.lognormal(0, 0.05) + more
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, seconds, float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
+    for window in range(40, 43):
+        for s, d in permutations(range(4), 2):
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, (usual[s, d] + common) * (3 if s == 2 else 1), float(window))
+        detector.look(window + 1.0)
+    assert set(detector.slow) == {("sender", ("p2",))}, "who is slower than the others is named meanwhile, too"
+
+
 def test_windows_of_very_many_pairs_last_longer() -> None:
     detector = Slowness(Patience(pairs_per_second=4))
     for receiver in names(12):
