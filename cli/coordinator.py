@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 import sys
 import threading
@@ -12,9 +13,11 @@ from typing import Any
 
 import click
 
-from elastic.config import TARGETS, RunPolicy
+from elastic.chaos import asked_for, take_orders
+from elastic.config import TARGETS, RunPolicy, environment
 from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError
+from fault.orders import COORDINATOR
 
 from . import exits
 
@@ -64,7 +67,7 @@ def command(**options: Any) -> None:
       elastic coordinator --run demo --rounds 100
       elastic coordinator --run demo --bind 0.0.0.0:29401 --journal new.sqlite --recover
     """
-    with _told_to_stop() as stop, _open(options) as coordinator:
+    with _told_to_stop() as stop, _open(options) as coordinator, _taking_orders(coordinator):
         _say_where(coordinator, options["token"])
         if options["recover"]:
             _recover(coordinator, stop, options["accept_minority"])
@@ -103,10 +106,26 @@ def _open(options: dict[str, Any]) -> Coordinator:
             journal=journal,
             events=options["events"],
             recover=options["recover"],
+            faults=asked_for(environment(), None, COORDINATOR),
         )
     except ConfigurationError as error:
         _refuse(_code(str(error)), str(error))
         raise  # never reached; for the type checker
+
+
+@contextmanager
+def _taking_orders(coordinator: Coordinator) -> Iterator[None]:
+    """For faults on purpose, if ELASTIC_CHAOS says so."""
+    where = {"name": COORDINATOR, "role": COORDINATOR, "run": coordinator.run}
+    try:
+        station = take_orders(environment(), coordinator.faults, incarnation=secrets.randbits(63) | 1, **where)
+    except ConfigurationError as error:
+        _refuse(exits.OUTPUT, str(error))
+    try:
+        yield
+    finally:
+        if station is not None:
+            station.close()
 
 
 def _code(message: str) -> int:

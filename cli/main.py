@@ -12,6 +12,7 @@ COMMANDS = {
     "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
     "status": "Show a run's peers, its progress and its data, or audit a journal.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",
+    "chaos": "Inject faults on purpose into the processes of a run on this machine.",
     "bench": "Measure on this machine: joining a run, recovering from a loss.",
 }
 

@@ -257,6 +257,8 @@ def shrunk(event: Event) -> str:
 
 def injected(event: Event) -> str:
     what = "SIGKILL to" if event.get("kind") == "kill" else f"fault {field(event, 'kind')} in"
+    if "id" in event:  # of an injector; else in mid exchange
+        return f"{what} {field(event, 'peer')}" + (f", on the way to {event['to']}" if "to" in event else "")
     return f"{what} {field(event, 'peer')} in the middle of round {field(event, 'round')}"
 
 

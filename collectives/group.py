@@ -21,10 +21,10 @@ from collectives import exchange, frames, patterns
 from collectives.exchange import Attempt, Observer, Part
 from collectives.fetching import Fetch, Partial, Progressing
 from collectives.frames import FrameError, Header, Hello, Key, Kind, Purpose, Refusal
-from collectives.handshake import Dialling, Porter, Self, probe
+from collectives.handshake import CUT, Dialling, Porter, Self, probe
 from collectives.links import Array, Link, Outgoing, Pool, Stripe
 from collectives.patterns import SMALLEST
-from collectives.records import Abort, Done, Failed, Identity, LinkFailure, Member, Progress, Start
+from collectives.records import Abort, Done, Failed, Identity, LinkFailure, LinkFaults, Member, Progress, Start
 from collectives.shared import MAX_SLOTS
 from collectives.sockets import (
     LinkOptions,
@@ -97,6 +97,7 @@ class Group:
     observe: called from the group's threads after each received chunk; if it raises, that attempt fails.
     on_lost: called, from a thread of its own, for each link to a peer of the current view that has died, whether or
     not an attempt was using it, once the peer's port has been probed.
+    faults: what is to go wrong on purpose on the way to other peers.
     """
 
     def __init__(
@@ -110,13 +111,14 @@ class Group:
         options: LinkOptions = LinkOptions(),  # noqa: B008 - frozen
         observe: Callable[[Progress], None] | None = None,
         on_lost: Callable[[LinkFailure], None] | None = None,
+        faults: LinkFaults | None = None,
     ) -> None:
         _check_identity(run, name, incarnation)
         check_congestion_control(options.congestion_control)
         self.options = options
         self.pool = Pool(max(options.chunk_bytes, SMALLEST), max(1, options.pool_bytes // options.chunk_bytes))
         self._run_name = run
-        self._self = Self(frames.name_hash(run), incarnation, options)
+        self._self = Self(frames.name_hash(run), incarnation, options, faults)
         self.observer: Observer | None = observe
         self._on_lost = on_lost
         self._lock = threading.RLock()
@@ -254,6 +256,7 @@ class Group:
             pool=self.pool,
             ident=ident,
             dialler=dialled,
+            faults=self._self.faults,
         )
         with self._lock:
             if dialled:  # not earlier: whoever finds neither a link nor a dial would dial once more
@@ -351,9 +354,15 @@ class Group:
             link = self._links.get(header.incarnation)
             if link is None or link.ident != hello.link:
                 return Refusal.DENIED, "there is no such link"
+        if self._is_cut(self._known.get(header.incarnation)):
+            return Refusal.DENIED, CUT
         if hello.chunk_bytes != self.options.chunk_bytes:
             return Refusal.DENIED, f"chunk_bytes is {self.options.chunk_bytes} here: use the same on all members"
         return None
+
+    def _is_cut(self, member: Member | None) -> bool:
+        faults = self._self.faults
+        return faults is not None and member is not None and faults.cut(member.name)
 
     def joined(self, incarnation: int, link: int, sock: socket.socket) -> None:
         """One more stripe for a link that is there; `examine` has seen it."""
@@ -398,6 +407,8 @@ class Group:
                 del self._attempts[key]
         for link in links:
             try:
+                if self._is_cut(link.member):
+                    link.fail("reset", CUT)
                 link.check_path()
                 self._tend(link)
             except Exception as error:  # one link must not close the door to all others

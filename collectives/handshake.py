@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from collectives import frames
 from collectives.frames import HEADER_BYTES, FrameError, Header, Hello, Kind, Purpose, Refusal
-from collectives.records import LinkFailure, Member
+from collectives.records import LinkFailure, LinkFaults, Member
 from collectives.sockets import (
     MOST_STRIPES,
     LinkOptions,
@@ -42,6 +42,7 @@ _GREETING = HEADER_BYTES + Hello.SIZE
 _SWEEP_SECONDS = 0.5
 _STAGGER_SECONDS = 0.25
 _STRIPES = (Purpose.LINK, Purpose.STRIPE)
+CUT = "the path is cut on purpose"
 
 
 class Refused(OSError):
@@ -54,11 +55,12 @@ class Refused(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Self:
-    """Who dials: the run's hash, this peer's incarnation, and its options."""
+    """Who dials: the run's hash, this peer's incarnation, its options, and faults on purpose."""
 
     run: int
     incarnation: int
     options: LinkOptions
+    faults: LinkFaults | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +109,8 @@ class Dialling:
         soon as the other side has answered on it, and owns it from then on, whatever becomes of the others.
         """
         try:
+            if self._me.faults is not None and self._me.faults.cut(self._member.name):
+                raise OSError(errno.EHOSTUNREACH, CUT)
             self._resolve()
             while True:
                 winner = self._race()

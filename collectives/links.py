@@ -10,6 +10,7 @@ and carries several at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import os
 import select
@@ -28,7 +29,7 @@ from xxhash import xxh3_64
 
 from collectives import frames
 from collectives.frames import HEADER_BYTES, FrameError, Header, Key, Kind
-from collectives.records import LinkFailure, Member
+from collectives.records import LinkFailure, LinkFaults, Member
 from collectives.shared import ANNOUNCEMENT_BYTES, WORTHWHILE, Sharing
 from collectives.sockets import (
     FAR,
@@ -162,7 +163,7 @@ _RELEASING = threading.Lock()
 class _Frame:
     """A frame on its way into the kernel; its payload may go into a slot instead, whose memory is `room`."""
 
-    __slots__ = ("begun", "buffer", "item", "lease", "nbytes", "pending", "room", "slot")
+    __slots__ = ("begun", "buffer", "due", "item", "lease", "nbytes", "pending", "room", "slot")
 
     def __init__(self, item: Outgoing, *pending: bytes) -> None:
         self.item, self.lease = item, item.lease
@@ -171,6 +172,7 @@ class _Frame:
         self.buffer: memoryview | None = None
         self.slot, self.room = -1, memoryview(b"")
         self.begun = time.perf_counter()
+        self.due = 0.0  # when it may leave, if it is held back on purpose
 
     def advance(self, sock: socket.socket, flags: int) -> None:
         """Send the rest of the frame. BlockingIOError when the socket takes no more now."""
@@ -189,6 +191,17 @@ class _Frame:
         """The memory is wanted back: go on from a copy, so that the stream stays whole."""
         self.pending = [b"".join(self.pending)]
         self.release()
+
+    def spoil(self) -> None:
+        """Flip a high bit of a number in the middle of the payload: of what travels, since the source is others'."""
+        nbytes = self.nbytes - HEADER_BYTES
+        at = min(nbytes // 2 | 3, nbytes - 1)
+        if self.slot >= 0:
+            self.room[at] ^= 0x40
+        elif len(self.pending) > 1:
+            payload = bytearray(self.pending[1])
+            payload[at] ^= 0x40
+            self.pending[1] = memoryview(payload)
 
     def release(self) -> None:
         """Once, whoever comes first: the thread that sends, or the one that finds the link dead."""
@@ -256,8 +269,9 @@ class Link:
         pool: Pool,
         ident: int = 0,
         dialler: bool = False,
+        faults: LinkFaults | None = None,
     ) -> None:
-        self.member, self.ident = member, ident
+        self.member, self.ident, self._faults = member, ident, faults
         rtt = min(each.shortest_rtt for each in map(vitals, sockets))
         self.care = Care(dialler=dialler, fixed=options.fixed_stripes, rtt=rtt, stripes=len(sockets))
         self._far = rtt > FAR
@@ -485,8 +499,36 @@ class Link:
         assert frame is not None, "a claimed stripe has a frame"
         last = self._is_last(frame.item)
         if not fresh or self._encode(frame):
+            if self._faults is not None:
+                self._interfere(self._faults, stripe, frame, fresh=fresh)
             frame.advance(stripe.socket, flags | socket.MSG_EOR if last else flags)
         self._finish(stripe, frame, trail=last)
+
+    # Faults on purpose.
+
+    def _interfere(self, faults: LinkFaults, stripe: Stripe, frame: _Frame, *, fresh: bool) -> None:
+        nbytes = frame.nbytes - HEADER_BYTES if frame.item.kind in (Kind.SCATTER, Kind.GATHER) else 0
+        found = faults.sending(self.member.name, nbytes) if fresh else None
+        if found is not None and found.corrupt:
+            frame.spoil()
+        if found is not None and found.broken:
+            _break(stripe.socket, frame)
+        if found is not None and found.hold > 0:
+            frame.due = time.perf_counter() + found.hold
+        if frame.due:
+            self._hold_back(frame)
+
+    def _hold_back(self, frame: _Frame) -> None:
+        """In the sender thread, so that nobody else waits; and no longer than the link lives."""
+        if threading.current_thread() is not self._threads[0]:
+            raise BlockingIOError(errno.EAGAIN, "held back on purpose")
+        while self.failure is None and not self._closing and (left := frame.due - time.perf_counter()) > 0:
+            if frame.wanted_back:
+                frame.detach()
+            for stripe in self.stripes:
+                self._give_up_memory(stripe)
+            time.sleep(min(left, SLICE / 10))
+        frame.due, frame.begun = 0.0, time.perf_counter()
 
     def _is_last(self, item: Outgoing) -> bool:
         """One of an operation's last frames, on a long path. A small packet of its own goes behind it.
@@ -544,6 +586,8 @@ class Link:
         stripe.seconds_sending += seconds
         stripe.bytes_sent += frame.nbytes
         stripe.frame = None
+        if self._faults is not None:
+            self._faults.sent(self.member.name, seconds)
         if self._far:
             self._rate(stripe)
         if trail and frame.nbytes:
@@ -930,6 +974,14 @@ class _Announced:
 
     def cancel(self) -> None:
         return None
+
+
+def _break(sock: socket.socket, frame: _Frame) -> None:
+    """On purpose, in the middle of a frame."""
+    whole = b"".join(frame.pending)
+    with contextlib.suppress(OSError):  # it is broken already
+        sock.send(whole[: len(whole) // 2], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    raise ConnectionResetError(errno.ECONNRESET, "broken on purpose")
 
 
 def _read(sock: socket.socket, view: memoryview, flags: int) -> int:

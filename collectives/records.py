@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 # Numbers that share one step in a quantised wire; ranges and chunks of such begin at multiples of it. An int4 of normal
 # numbers is a tenth more exact than with 256, for 3 % more bytes.
@@ -216,3 +216,26 @@ class Progress:
     identity: Identity
     chunks_received: int
     chunks_expected: int
+
+
+class Interference(NamedTuple):
+    """What befalls a frame on purpose. hold: seconds until it may leave. corrupt: one of its bits is flipped after the
+    checksum was made. broken: the connection ends in the middle of it.
+    """
+
+    hold: float = 0.0
+    corrupt: bool = False
+    broken: bool = False
+
+
+class LinkFaults(Protocol):
+    """Faults on purpose between this peer and others, by name (`fault.inject`). Called from the group's threads."""
+
+    def cut(self, peer: str) -> bool:
+        """Whether there is no path to this peer: connections break, and none come up, from either side."""
+
+    def sending(self, peer: str, nbytes: int) -> Interference | None:
+        """What befalls the next frame to this peer, that carries so many bytes of numbers (0: it is no such frame)."""
+
+    def sent(self, peer: str, seconds: float) -> None:
+        """A frame has left; it took so long, without what it was held back."""

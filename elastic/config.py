@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "ELASTIC_STRIPES": "TCP connections per link",
     "ELASTIC_LANES": "of a peer of several ranks: 1 (each has links of its own to other peers) or 0 (the leader alone)",
     "ELASTIC_EVENTS_DIR": "folder for this peer's event log",
+    "ELASTIC_CHAOS": "folder from which this process takes orders for faults on purpose (elastic chaos)",
 }
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

@@ -16,9 +16,11 @@ from types import TracebackType
 
 import zmq
 
+from fault.inject import Injector
+
 from .config import JoinToken, RunPolicy, Timeouts, check_coordinator, check_name
 from .errors import ConfigurationError
-from .events import EventLog
+from .events import INJECTED, EventLog
 from .journal import Journal
 from .membership import Membership
 from .messages import (
@@ -68,6 +70,7 @@ class Coordinator:
     """Serves one run from a thread of its own until `close()`.
 
     bind: tcp://HOST:PORT, PORT 0 picks one; see `address`. journal: file that survives a restart; None keeps nothing.
+    faults: what is to go wrong here on purpose: writes to the journal (`fault.inject`, "full-disk").
     recover: the journal of this run is lost: begin once a majority of its last view has said what it knows; see
     `recovering` and `accept_minority`. The journal must be a new one.
     Raises ConfigurationError if the address or the journal cannot be used.
@@ -83,12 +86,17 @@ class Coordinator:
         journal: Path | None = None,
         events: Path | None = None,
         recover: bool = False,
+        faults: Injector | None = None,
     ) -> None:
         self.run = check_name("run", run)
         self._timeouts = timeouts or Timeouts()
         self._membership = Membership(self.run, policy or RunPolicy(), self._timeouts)
         self._journal = Journal(journal, self.run) if journal else None
         self._events = EventLog(events, run=self.run)
+        self.faults = faults
+        if faults is not None:
+            faults.listen(lambda firing: self._events.emit(INJECTED, **firing.told))
+            self._events.check = faults.check_disk
         self._context = zmq.Context()
         self._socket = self._bind(bind)
         port = self._socket.get_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
@@ -196,8 +204,11 @@ class Coordinator:
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         effects = list(effects)
-        if self._journal:
-            self._journal.append(effect.record for effect in effects if isinstance(effect, Persist))
+        records = [effect.record for effect in effects if isinstance(effect, Persist)]
+        if self._journal and records:
+            if self.faults is not None:
+                self.faults.check_disk("journal")
+            self._journal.append(records)
         for send, body in packed(effects):
             self._socket.send_multipart([identity(send.name, send.incarnation), body])
         for effect in effects:

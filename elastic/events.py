@@ -8,19 +8,28 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import ConfigurationError
 
+INJECTED = "fault.injected"
+
 
 class EventLog:
-    """Appends events to a JSONL file; without a path, drops them. Safe to use from several threads."""
+    """Appends events to a JSONL file; without a path, drops them. Safe to use from several threads.
+
+    Nothing ends for want of an event: what cannot be written, on a full disk for instance, is `dropped`, and counted.
+    check: told before each write; what it raises is a failed one (faults on purpose, whose own events are exempt).
+    """
 
     def __init__(self, path: Path | None, *, run: str, peer: str = "") -> None:
         self._common = {"run": run} | ({"peer": peer} if peer else {})
         self._lock = threading.Lock()
+        self.dropped = 0
+        self.check: Callable[[str], None] | None = None
         self._file: TextIO | None = _open(path) if path else None
 
     def emit(self, event: str, /, **fields: Any) -> None:
@@ -29,14 +38,19 @@ class EventLog:
             return
         head = {"event": event, "time_unix": time.time(), "monotonic": time.monotonic()}
         line = json.dumps(head | self._common | fields) + "\n"
-        with self._lock:
-            if not self._file.closed:
-                self._file.write(line)
-                self._file.flush()
+        try:
+            if self.check is not None and event != INJECTED:
+                self.check("events")
+            with self._lock:
+                if not self._file.closed:
+                    self._file.write(line)
+                    self._file.flush()
+        except OSError:
+            self.dropped += 1
 
     def close(self) -> None:
         if self._file is not None:
-            with self._lock:
+            with self._lock, suppress(OSError):  # what is left goes the way of what was dropped
                 self._file.close()
 
 

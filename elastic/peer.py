@@ -31,7 +31,10 @@ import torch
 
 from collectives import Group, GroupStatistics, LinkOptions, LinkStatistics
 from collectives.records import Member, OperationRecord, Progress, Start
+from fault.inject import Firing, Injector
+from fault.orders import Station
 
+from .chaos import asked_for, tainted, take_orders
 from .config import (
     TARGETS,
     JoinToken,
@@ -54,7 +57,7 @@ from .errors import (
     NotEnoughPeers,
     RoundAborted,
 )
-from .events import EventLog
+from .events import INJECTED, EventLog
 from .messages import (
     Applied,
     Base,
@@ -244,6 +247,8 @@ class Peer:
     process_group: of torch.distributed; its processes are this one peer, and all make it, at once (`RankedPeer` says
     what that means). Parameters may be replicated among them (DDP) or sharded (fully_shard, DTensor).
     lanes: whether each of those processes has links of its own to other peers (the default), or the leader alone.
+    faults: what is to go wrong here on purpose (`fault.inject`), for tests and drills; of several processes, on the
+    leader. With ELASTIC_CHAOS, whoever may write to that folder decides.
 
     A name that is in use is taken over: the other life is expelled. Raises ConfigurationError, CoordinatorUnavailable
     (no answer within join_timeout seconds), VersionMismatch. If the coordinator dies later, nothing happens until it
@@ -251,6 +256,7 @@ class Peer:
     """
 
     ranks: Alone = ALONE
+    faults: Injector | None = None
 
     def __new__(cls, *args: Any, process_group: dist.ProcessGroup | None = None, **options: Any) -> Peer:
         if cls is Peer and process_group is not None and process_group.size() > 1:
@@ -278,6 +284,7 @@ class Peer:
         sigterm_deadline: float = SIGTERM_SECONDS,
         process_group: dist.ProcessGroup | None = None,
         lanes: bool | None = None,
+        faults: Injector | None = None,
     ) -> None:
         env = environment()
         where = _where(coordinator, run, token, env)
@@ -310,6 +317,8 @@ class Peer:
         self._held: dict[tuple[str, int], Applied] = {}
         self.events = self._event_log(events_dir or env.get("ELASTIC_EVENTS_DIR"), self.name)
         self._reserve = Reserve()
+        self._station: Station | None = None
+        self.faults = asked_for(env, faults, self.name)
         listen, advertise = endpoints(where.coordinator, listen, advertise, env)
         self.group = self._open_group(
             laned(lanes, env),
@@ -322,10 +331,27 @@ class Peer:
             options=_link_options(options, stripes, env),
             observe=observe,
             on_lost=lambda failure: self.send(LinkLost(run=self.run, failure=failure)),
+            faults=self.faults,
         )
         self._control = self._connect(where.coordinator)
         self._join(where.coordinator, join_timeout)
+        self._take_faults(env)
         self._drain_on_sigterm(sigterm_deadline)
+
+    def _take_faults(self, env: dict[str, str]) -> None:
+        """From orders, if the environment says so; all that fire are events."""
+        if self.faults is None:
+            return
+        self.faults.listen(self._struck)
+        self.events.check = self.faults.check_disk
+        try:
+            self._station = take_orders(env, self.faults, name=self.name, run=self.run, incarnation=self.incarnation)
+        except ConfigurationError:
+            self.close()
+            raise
+
+    def _struck(self, firing: Firing) -> None:
+        self.events.emit(INJECTED, **firing.told)
 
     def _open_group(self, lanes: bool, coordinator: str, **options: Any) -> Group:
         """lanes: whether the ranks of this peer have links, too."""
@@ -481,6 +507,8 @@ class Peer:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
         self._undo_sigterm()
         self._fail(Evicted("this Peer is closed", peer=self.name))
+        if self._station is not None:
+            self._station.close()
         self._control.close()
         self.group.close()
         self.events.close()
@@ -680,6 +708,8 @@ class Peer:
         return _Call(staged, spec_of(algorithm, op, staged, wire, gather_wire=gather_wire), weight, tag, timeout)
 
     def _all_reduce(self, call: _Call, source: torch.Tensor) -> Reduced:
+        source = tainted(self.faults, source)
+
         def buffers(begin: Begin) -> Buffers:
             return source, call.room(begin.start.elements, self._reserve)
 
@@ -690,6 +720,8 @@ class Peer:
 
     def _collect(self, call: _Call, buffers: Callable[[Begin], Buffers]) -> tuple[dict[str, Any], Begin, torch.Tensor]:
         """One operation from the proposal to its commit: the fields of `Finished`, the last orders, the flat result."""
+        if self.faults is not None:
+            self.faults.entered()
         with self.inbox(call.tag) as inbox:
             proposal = self.proposal(call.tag, call.spec, weight=call.weight)
             outcome = self.operation(proposal, buffers, inbox).run(call.timeout or self.timeouts.round)

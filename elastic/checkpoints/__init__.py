@@ -80,8 +80,8 @@ class Checkpoints:
         scheme = urlsplit(self.url).scheme if "://" in self.url else ""
         return scheme not in ("", "file", "local") if self.shared is None else self.shared
 
-    def store(self, run: str, tag: str) -> Store:
-        return Store(self.url, run, tag, keep=self.keep)
+    def store(self, run: str, tag: str, check: Callable[[str], None] | None = None) -> Store:
+        return Store(self.url, run, tag, keep=self.keep, check=check)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +127,14 @@ class Store:
     """The checkpoints of one outer loop of a run, in one place. Any number of processes may use a place at once.
 
     Writing and listing raise OSError when the storage fails. Nothing is there in part: what is not complete is not
-    read. url: as in `Checkpoints`; run, tag: names. Raises ConfigurationError.
+    read. url: as in `Checkpoints`; run, tag: names. check: as in `Folder`. Raises ConfigurationError.
     """
 
-    def __init__(self, url: str, run: str, tag: str, *, keep: int = 3) -> None:
+    def __init__(
+        self, url: str, run: str, tag: str, *, keep: int = 3, check: Callable[[str], None] | None = None
+    ) -> None:
         self.run, self.tag, self.keep = check_name("run", run), check_name("tag", tag), keep
-        self.folder = Folder.at(url) / run / tag
+        self.folder = Folder.at(url, check) / run / tag
 
     def entry(self, number: int, state_hash: str) -> Entry:
         """Where the checkpoint of this state is, or would be."""

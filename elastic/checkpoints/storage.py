@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,18 +34,20 @@ class Folder:
 
     files: Any
     path: str
+    check: Callable[[str], None] | None = None
+    """Is told of each file that has been written, before it is synced and counts; what it raises is a failed write."""
 
     @classmethod
-    def at(cls, url: str) -> Folder:
+    def at(cls, url: str, check: Callable[[str], None] | None = None) -> Folder:
         """Raises ConfigurationError for a URL that no installed library can open."""
         try:
             files, path = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigurationError(f"cannot store anything at {url!r}: {error}") from None
-        return cls(files, path.rstrip("/"))
+        return cls(files, path.rstrip("/"), check)
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(self.files, f"{self.path}/{name}")
+        return replace(self, path=f"{self.path}/{name}")
 
     def __str__(self) -> str:
         return self.path if self.local else str(self.files.unstrip_protocol(self.path or "/"))
@@ -60,7 +62,7 @@ class Folder:
 
     @property
     def parent(self) -> Folder:
-        return Folder(self.files, self.path.rpartition("/")[0])
+        return replace(self, path=self.path.rpartition("/")[0])
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -113,6 +115,7 @@ class Folder:
         if self.local:
             return self.write(name, [data])
         with _as_os_error():
+            self._check(name)
             self._in_folder(self.files.pipe_file, f"{self.path}/{name}", data)
         return len(data)
 
@@ -131,6 +134,11 @@ class Folder:
         """A new file to write to. After an exception it is thrown away; locally, one that was there before stays."""
         with _as_os_error(), self._local(name) if self.local else self._remote(name) as file:
             yield file
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        if self.check is not None:
+            self.check(f"{self.path}/{name}")
 
     @contextmanager
     def _local(self, name: str) -> Iterator[BinaryIO]:

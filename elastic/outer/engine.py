@@ -24,6 +24,7 @@ import torch
 
 from collectives.records import WireRun
 
+from ..chaos import tainted
 from ..checkpoints import Checkpoints
 from ..checkpoints.entries import Outer
 from ..errors import (
@@ -199,7 +200,7 @@ class OuterLoop:
             buffers=buffers == "average",
             device=_device(outer_device),
         )
-        self.replica = Replica(self.layout, rule)
+        self.replica = Replica(self.layout, rule, taint=partial(tainted, peer.faults) if peer.faults else None)
         self.joining = Joining(joining, rewarm_steps, inner, peer, tag, self.layout)
         self.spec = _specified(rule, self.layout, gathered_in(wire) if gather_wire is None else check_wire(gather_wire))
         where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
@@ -393,6 +394,8 @@ class OuterLoop:
             self._together("step", self._after_step)
 
     def _after_step(self) -> None:
+        if self.peer.faults is not None:
+            self.peer.faults.stepped(self.pace.stepping)
         with self.pace.in_hook():
             self.peer.telemetry.stepped(self.pace.last_step)
             self._work()
@@ -758,6 +761,8 @@ class OuterLoop:
         """Makes `state` the current one: served to joiners, announced to the coordinator."""
         assert self._shelf is not None
         self._seen = self.replica.state = state
+        if self.peer.faults is not None:
+            self.peer.faults.reached(state.number)
         self._shelf.put(state)
         self._announce()
 

@@ -29,6 +29,11 @@ class Pace:
         self._clock = time.monotonic()
 
     @property
+    def stepping(self) -> float:
+        """Seconds since the last hook: of the step that is just over, before `in_hook`."""
+        return time.monotonic() - self._clock
+
+    @property
     def steps_per_second(self) -> float:
         return 1.0 / max(self.step_seconds, 1e-9)
 

@@ -8,6 +8,7 @@ for the inner steps. At most one round is under way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,7 +73,8 @@ class Flight:
 class Replica:
     """layout: of the model that is trained. share: what part of a mean this peer's contribution is likely to be.
 
-    since: inner steps since the last exchange began.
+    since: inner steps since the last exchange began. taint: what becomes of a payload on its way out, if that is not
+    nothing: faults on purpose.
     """
 
     layout: Layout
@@ -81,6 +83,7 @@ class Replica:
     share: float = 1.0
     since: int = 0
     flight: Flight | None = None
+    taint: Callable[[torch.Tensor], torch.Tensor] | None = None
     places: list[Place] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -145,12 +148,13 @@ class Replica:
         offered = self.rule.feedback.offered(place.residual, delta.to(HOST))
         length = norm(offered) if self.rule.directional else 0.0
         scaled = torch.div(offered, length) if length > 0 else offered
+        payload = self.rule.compression.sent(scaled)
         self.flight = Flight(
             fragment=f,
             base=self.state,
             delta=delta,
             offered=offered,
-            payload=self.rule.compression.sent(scaled),
+            payload=payload if self.taint is None else self.taint(payload),
             weight=self.rule.weighting.weight(place.tokens, place.steps, place.missed),
             tokens=place.tokens,
             steps=place.steps,

@@ -50,7 +50,7 @@ class Saver:
     ) -> None:
         self.checkpoints, self._peer, self._spec = checkpoints, peer, spec
         self._layout, self._local = layout, local
-        self._store = checkpoints.store(peer.run, tag)
+        self._store = checkpoints.store(peer.run, tag, check=peer.faults.check_disk if peer.faults else None)
         self._writer = Writer(lambda error: peer.events.emit("checkpoint.failed", reason=str(error)))
         self._last: Due | None = None
         self._saved = -1

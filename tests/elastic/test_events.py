@@ -12,6 +12,14 @@ from elastic.errors import ConfigurationError
 from elastic.events import EventLog, EventReader
 
 
+def test_events_that_find_a_full_disk_are_dropped_and_counted() -> None:
+    log = EventLog(Path("/dev/full"), run="r")
+    for _ in range(3):
+        log.emit("round.committed", round=1)
+    assert log.dropped == 3
+    log.close()
+
+
 def test_events_carry_who_when_and_what(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "deep" / "eu-1.jsonl", run="r", peer="eu-1")
     log.emit("peer.joined", epoch=3, text="two\nlines")
