@@ -315,18 +315,21 @@ class Crew:
         )
 
     @contextmanager
-    def slow_peer(self, culprits: Sequence[str]) -> Iterator[None]:
+    def armed(self, culprits: Sequence[str], **fault: Any) -> Iterator[None]:
+        """What a process does to itself; on the way to the second, if there is one."""
         worker = self.peers[culprits[0]]
-        before = worker.ask(do="befall", pace=SLOWER)["steps"]
+        if len(culprits) > 1:
+            fault["peer"] = culprits[1]
+        id = worker.ask(do="arm", fault=fault)["id"]
         yield
-        fired(worker.ask(do="befall")["steps"] > before, "slow peer")
+        fired(worker.ask(do="disarm", id=id)["fired"] > 0, fault["kind"])
 
     @contextmanager
-    def gradient(self, culprits: Sequence[str], how: str) -> Iterator[None]:
-        worker = self.peers[culprits[0]]
-        before = worker.ask(do="befall", poison=how)["poisoned"]
-        yield
-        fired(worker.ask(do="befall")["poisoned"] > before, f"gradient: {how}")
+    def parted(self, culprits: Sequence[str]) -> Iterator[None]:
+        """As `cut` between two, where there are no sites."""
+        with self.armed(culprits, kind="partition", seconds=PATIENCE):
+            with self.armed(culprits[::-1], kind="partition", seconds=PATIENCE):
+                yield
 
 
 def fired(true: bool, what: str) -> None:
@@ -334,20 +337,25 @@ def fired(true: bool, what: str) -> None:
         raise BenchmarkError(f"a fault was injected and did not strike: {what}")
 
 
-def poisoned(how: str) -> Callable[[Crew, Sequence[str]], AbstractContextManager[None]]:
-    return lambda crew, culprits: crew.gradient(culprits, how)
+def own(**fault: Any) -> Callable[[Crew, Sequence[str]], AbstractContextManager[None]]:
+    return lambda crew, culprits: crew.armed(culprits, **fault)
+
+
+def cut(crew: Crew, culprits: Sequence[str]) -> AbstractContextManager[None]:
+    return crew.cut(culprits) if crew.wan else crew.parted(culprits)
 
 
 KINDS = (
     Kind("kill", (CRASH,), Crew.kill, goal_seconds=0.2 + 2 * RTT),
     Kind("freeze", (SILENT,), Crew.freeze, goal_seconds=3.0),
-    Kind("cut pair", (CUT,), Crew.cut, "pair", goal_seconds=3.0, wan=True),
+    Kind("cut pair", (CUT,), cut, "pair", goal_seconds=3.0),
     Kind("cut off", (SILENT,), Crew.cut, "away", goal_seconds=3.0, wan=True),
-    Kind("slow peer", (STRAGGLER,), Crew.slow_peer, past=PAST, seconds=40.0, goal_rounds=5),
-    Kind("slow link", (LINK,), Crew.slow_link, "link", past=PAST, seconds=40.0, goal_rounds=5, wan=True),
-    Kind("NaN gradient", (GRADIENT,), poisoned("nan"), past=PAST, seconds=40.0),
-    Kind("flipped gradient", (GRADIENT,), poisoned("flip"), past=PAST, seconds=40.0),
-    Kind("scaled gradient", (GRADIENT,), poisoned("scale"), past=PAST, seconds=40.0),
+    Kind("slow peer", (STRAGGLER,), own(kind="slow", factor=SLOWER, seconds=600.0), "peer", PAST, 40.0, goal_rounds=5),
+    Kind("slow link", (LINK,), Crew.slow_link, "link", PAST, 40.0, goal_rounds=5, wan=True),
+    Kind("NaN gradient", (GRADIENT,), own(kind="nan", times=1000), "peer", PAST, 40.0),
+    Kind("flipped gradient", (GRADIENT,), own(kind="flip", times=1000), "peer", PAST, 40.0),
+    Kind("scaled gradient", (GRADIENT,), own(kind="scale", factor=10.0, times=1000), "peer", PAST, 40.0),
+    Kind("corrupt frame", (CORRUPT,), own(kind="corrupt"), "link"),
 )
 
 

@@ -1,8 +1,8 @@
 """One process of `benchmarks.faults`: the coordinator, or a peer that trains and may be what a fault befalls.
 
 Orders as in `worker`. A step is a real one of a small network, and then a timed wait, so that both together take a
-step's time, as if an accelerator computed. What is wrong with the peer is set from outside: a pace, by which its steps
-take longer, and what becomes of its gradients.
+step's time, as if an accelerator computed. Faults that a process does to itself are ordered from outside, armed in its
+injector, and counted there.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from benchmarks import common
 from collectives import LinkOptions
 from elastic.membership import Membership
 from elastic.messages import Heartbeat
+from fault.inject import Fault, Injector
 
 RUN = "faults"
 BATCH = 8
 SHARD = 4096  # samples: more than a peer reads between two faults
 TOKENS = 512  # that a sample stands for
 LEARNING_RATE = 3e-6
-POISON = {"nan": float("nan"), "flip": -1.0, "scale": 20.0}
-"""What gradients are multiplied by."""
-
 # elastic imports what is in it with the first use: a spare has that behind it
 USED = (elastic.Peer, elastic.DiLoCo, elastic.Coordinator, elastic.RunPolicy)
 
@@ -75,13 +73,12 @@ class Model(torch.nn.Module):
 
 
 class Training(threading.Thread):
-    """Trains until the process ends. steps: made so far; poisoned: with gradients that were changed."""
+    """Trains until the process ends. cc: congestion control of its links. faults: what is to go wrong here."""
 
     def __init__(self, order: dict[str, Any], model: Model) -> None:
         super().__init__(name="training", daemon=True)
         self.order, self._model = order, model
-        self.pace, self.poison = 1.0, ""
-        self.steps = self.poisoned = 0
+        self.faults = Injector(order["name"])
         self.cc: list[str] = []
         self.ready, self.error = threading.Event(), ""
 
@@ -96,7 +93,8 @@ class Training(threading.Thread):
         order = self.order
         options = LinkOptions(shared_memory=False, congestion_control=order["cc"])
         where, listen = order["coordinator"], f"{order['host']}:0"
-        return elastic.Peer(where, run=RUN, name=order["name"], listen=listen, options=options)
+        name, faults = order["name"], self.faults
+        return elastic.Peer(where, run=RUN, name=name, listen=listen, options=options, faults=faults)
 
     def _train(self) -> None:
         model, order = self._model, self.order
@@ -108,21 +106,12 @@ class Training(threading.Thread):
             began = time.monotonic()
             for batch in peer.shards(Samples(model.width), batch_size=BATCH, shard_size=SHARD):
                 model(batch).backward()
-                self._spoil(model)
                 usual = order["step_ms"] / 1e3 * chance.lognormvariate(0.0, order["jitter"])
-                time.sleep(max(0.0, began + self.pace * usual - time.monotonic()))
+                time.sleep(max(0.0, began + usual - time.monotonic()))
                 inner.step()
                 inner.zero_grad()
-                self.steps += 1
                 self.cc = [link.congestion_control for link in peer.statistics().group.links]
                 began = time.monotonic()
-
-    def _spoil(self, model: Model) -> None:
-        if self.poison:
-            self.poisoned += 1
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                parameter.grad.mul_(POISON[self.poison])
 
 
 class Desk:
@@ -163,18 +152,26 @@ class Desk:
         self._training.ready.wait()
         return self.facts(order)
 
-    def befall(self, order: dict[str, Any]) -> dict[str, Any]:
-        """From now on, steps take `pace` times as long, or gradients are changed."""
-        assert self._training is not None, "nothing is trained"
-        self._training.pace, self._training.poison = order.get("pace", 1.0), order.get("poison", "")
-        return self.facts(order)
+    def arm(self, order: dict[str, Any]) -> dict[str, Any]:
+        """fault: fields of a `Fault`."""
+        return {"id": self._well.faults.arm(Fault(**order["fault"]))}
+
+    def disarm(self, order: dict[str, Any]) -> dict[str, Any]:
+        """How often it has fired."""
+        faults = self._well.faults
+        faults.disarm(order["id"])
+        return {"fired": faults.fired[order["id"]]}
 
     def facts(self, order: dict[str, Any]) -> dict[str, Any]:
+        return {"cc": sorted(set(self._well.cc))}
+
+    @property
+    def _well(self) -> Training:
         training = self._training
         assert training is not None, "nothing is trained"
         if training.error:
             raise RuntimeError(training.error)
-        return {"steps": training.steps, "poisoned": training.poisoned, "cc": sorted(set(training.cc))}
+        return training
 
 
 def record(path: Path) -> None:
