@@ -12,13 +12,15 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """windows: how many running confirm a suspicion, or clear it. history: how many of its past a pair, or a peer, is
-    judged by; needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs longer, so
-    that not more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a measurement must
-    have carried: of less, latency and chance are most of the delay.
+    """windows: how many running confirm a suspicion, or clear it. lasting_seconds: and how long after the first of them
+    the last must have begun: a burst of traffic, or a pause, is over by then. history: how many of its past a pair, or
+    a peer, is judged by; needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs
+    longer, so that not more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a
+    measurement must have carried: of less, latency and chance are most of the delay.
     """
 
     windows: int = 3
+    lasting_seconds: float = 4.0
     history: int = 30
     needed: int = 5
     window_seconds: float = 1.0
@@ -27,13 +29,13 @@ class Patience:
 
 
 class Persisting(Generic[Key, Value]):
-    """Found in `windows` looks running: confirmed; missing in as many: cleared.
+    """Found in `windows` looks running, for `lasting` seconds: confirmed; missing in as many: cleared.
 
     confirmed: by key, what was found last, and when it was first found, in that streak.
     """
 
-    def __init__(self, windows: int) -> None:
-        self._windows = windows
+    def __init__(self, windows: int, lasting: float = 0.0) -> None:
+        self._windows, self._lasting = windows, lasting
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
@@ -43,7 +45,7 @@ class Persisting(Generic[Key, Value]):
         before = self._streaks
         self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
         for key, (count, since) in self._streaks.items():
-            if key in self.confirmed or count >= self._windows:
+            if key in self.confirmed or (count >= self._windows and at - since >= self._lasting):
                 self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
         self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - found.keys()}
         for key, count in self._missing.items():

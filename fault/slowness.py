@@ -43,7 +43,7 @@ class Slowness:
     _persisting: Persisting[Culprit, Slow] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._persisting = Persisting(self.patience.windows)
+        self._persisting = Persisting(self.patience.windows, self.patience.lasting_seconds)
 
     @property
     def slow(self) -> Mapping[Culprit, tuple[Slow, float]]:

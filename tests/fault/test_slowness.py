@@ -100,7 +100,7 @@ def test_nothing_seen_is_nothing_said() -> None:
 
 
 class Feed:
-    """Windows of measurements: every pair in each."""
+    """Windows of measurements, two seconds each: every pair in each."""
 
     def __init__(self, n: int = 4) -> None:
         self.names, self.now, self.detector = names(n), 0.0, Slowness(Patience())
@@ -116,7 +116,7 @@ class Feed:
                         noise = self._chance.normal(0, 0.05)
                         seconds = math.exp(self._usual[s, d] + noise) * faults.get(sender, 1.0)
                         self.detector.observe(sender, receiver, 1 << 20, seconds, self.now)
-            self.now += 1.0
+            self.now += 2.0
             self.detector.look(self.now)
 
 
@@ -129,7 +129,17 @@ def test_links_that_differ_by_nature_are_no_fault_and_three_windows_make_one() -
     feed.windows(1, p1=3.0)
     assert set(feed.detector.slow) == {("sender", ("p1",))}
     slow, since = feed.detector.slow["sender", ("p1",)]
-    assert since == 20.0 and slow.factor == pytest.approx(3.0, rel=0.3)
+    assert since == 40.0 and slow.factor == pytest.approx(3.0, rel=0.3)
+
+
+def test_a_burst_of_three_short_windows_is_none() -> None:
+    detector = Slowness(Patience(lasting_seconds=4.0))
+    for window in range(30):
+        for s, d in permutations(range(4), 2):
+            slow = s == 1 and (10 <= window < 14 or window >= 20)
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.3 if slow else 0.1, float(window))
+        detector.look(window + 1.0)
+        assert bool(detector.slow) == (window >= 24), "four seconds after the first"
 
 
 def test_what_lasts_does_not_become_usual_and_what_ends_is_cleared() -> None:
@@ -192,7 +202,7 @@ def test_who_is_slow_with_another_share_is_named_all_the_same() -> None:
         for s, d in permutations(range(4), 2):
             seconds = math.exp(feed._usual[s, d]) * 2 * (3.0 if s == 1 else 1.0)
             feed.detector.observe(f"p{s}", f"p{d}", 2 << 20, seconds, feed.now)
-        feed.now += 1.0
+        feed.now += 2.0
         feed.detector.look(feed.now)
     assert set(feed.detector.slow) == {("sender", ("p1",))}
 
@@ -209,7 +219,7 @@ def test_what_takes_everybody_as_many_seconds_more_is_nobodys_fault(common: floa
             detector.observe(f"p{s}", f"p{d}", 1 << 20, seconds, float(window))
         detector.look(window + 1.0)
         assert not detector.slow, window
-    for window in range(40, 43):
+    for window in range(40, 45):
         for s, d in permutations(range(4), 2):
             detector.observe(f"p{s}", f"p{d}", 1 << 20, (usual[s, d] + common) * (3 if s == 2 else 1), float(window))
         detector.look(window + 1.0)
