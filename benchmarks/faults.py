@@ -201,7 +201,6 @@ class Crew:
             self._train(name, len(NAMES))
         for name in NAMES:
             self.peers[name].hear()
-        self._spare.hear()
         self.settle(2)
         return "/".join(sorted({cc for name in NAMES for cc in self.peers[name].ask(do="facts")["cc"]}))
 
@@ -212,12 +211,12 @@ class Crew:
 
     def replace(self, name: str) -> None:
         """The spare becomes this peer; the next one begins to wait where this one was."""
+        self._spare.hear()  # it is prepared
         self.peers[name].kill()
         self.peers[name], self.place[name], place = self._spare, self._spare_place, self.place[name]
         self._train(name, 1)
         self._spare, self._spare_place = self._hire("spare", place), place
         self.peers[name].hear()
-        self._spare.hear()
 
     def close(self) -> None:
         for worker in self._workers:

@@ -1,15 +1,17 @@
 """Slow senders, receivers and links over time: windows of measured delays in, what persists out.
 
 One window is what came in since the last: often one operation per pair. A cell is judged against its own past, because
-links over a WAN differ by nature; what it was while it was suspected does not become its past. What
+links over a WAN differ by nature; what it was while it was known to be slow does not become its past. What
 `delays.slow_parts` finds in several windows running is confirmed, and cleared when it has not been found for as many.
 
 How much an operation carries over a link changes with its plan, and nobody knows which part of a delay is latency and
 which goes with the bytes. So what was to be expected lies between as long as before and in proportion to the bytes;
 within these bounds, a cell is taken to be as all are in the middle.
 
-What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by as many seconds (busy
-machines do, and then the shortest seem to be hit most): what is named must stand out both ways.
+What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by about as many seconds
+(busy machines do, and then the shortest seem to be hit most). Nor is it slow to be as before while all others become
+faster, which they do when that is over. So what is named must stand out in proportion, and also in what is left of its
+delay without those seconds, where nothing counts as faster than usual.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 
 from .delays import Slow, slow_parts
 from .persisting import Patience, Persisting
+from .robust import FACTOR
 
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
@@ -75,16 +78,18 @@ class Slowness:
         found = _slow(judged, names)
         if not found:
             return ()
-        common = max(0.0, statistics.median_low(math.exp(s) - math.exp(t) for (_, s), (_, t) in judged.values()))
-        less = {pair: ((b, _less(s, common)), before) for pair, ((b, s), before) in judged.items()}
-        still = {(slow.kind, slow.culprits) for slow in _slow(less, names)}
+        common = statistics.median_low(_more(*each) for each in judged.values())
+        allowed = FACTOR * max(0.0, common)
+        less = {pair: ((b, _less(s, allowed)), before) for pair, ((b, s), before) in judged.items()}
+        still = {(slow.kind, slow.culprits) for slow in _slow(less, names, least=0.0)}
         return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)
 
     def _learn(self, logs: Mapping[Pair, Measured]) -> None:
-        """What is suspected of being slow is not what is usual."""
-        suspects = self._persisting.suspects
-        peers = {culprits[0] for _, culprits in suspects if len(culprits) == 1}
-        links = {culprits for _, culprits in suspects if len(culprits) == 2}
+        """What is known to be slow is not what is usual. What is only suspected is: when all become slower and that
+        becomes usual, one that was suspected for a moment must not stay behind, or it will be suspected for ever."""
+        known = self._persisting.confirmed
+        peers = {culprits[0] for _, culprits in known if len(culprits) == 1}
+        links = {culprits for _, culprits in known if len(culprits) == 2}
         for pair, value in logs.items():
             if pair not in links and peers.isdisjoint(pair):
                 self._past.setdefault(pair, deque(maxlen=self.patience.history)).append(value)
@@ -97,8 +102,10 @@ class Slowness:
         self._persisting.forget(lambda key: name in key[1])
 
 
-def _slow(judged: Mapping[Pair, tuple[Measured, Measured]], names: Sequence[str]) -> tuple[Slow, ...]:
-    """Of what was measured, beside what is usual."""
+def _slow(
+    judged: Mapping[Pair, tuple[Measured, Measured]], names: Sequence[str], least: float = -math.inf
+) -> tuple[Slow, ...]:
+    """Of what was measured, beside what is usual. least: below which nothing counts."""
     index = {name: i for i, name in enumerate(names)}
     low, high = np.full((2, len(names), len(names)), np.nan)
     for (sender, receiver), ((carried, seconds), (before, took)) in judged.items():
@@ -106,12 +113,18 @@ def _slow(judged: Mapping[Pair, tuple[Measured, Measured]], names: Sequence[str]
         low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
     seen = np.isfinite(low)
     level = float(np.median((low + high)[seen] / 2)) if seen.any() else 0.0
-    return slow_parts(np.clip(level, low, high), names)
+    return slow_parts(np.maximum(np.clip(level, low, high), least), names)
 
 
 def _middle(values: Iterable[Measured]) -> Measured:
     carried, seconds = zip(*values, strict=True)
     return statistics.median(carried), statistics.median(seconds)
+
+
+def _more(measured: Measured, usual: Measured) -> float:
+    """Seconds beyond what can be expected of so many bytes."""
+    (carried, seconds), (before, took) = measured, usual
+    return math.exp(seconds) - math.exp(took + max(0.0, carried - before))
 
 
 def _less(log: float, seconds: float) -> float:

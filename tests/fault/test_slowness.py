@@ -226,6 +226,31 @@ def test_what_takes_everybody_as_many_seconds_more_is_nobodys_fault(common: floa
     assert set(detector.slow) == {("sender", ("p2",))}, "who is slower than the others is named meanwhile, too"
 
 
+def test_who_stays_as_it_was_while_all_others_become_faster_is_not_slow() -> None:
+    """All were slowed for so long that it became usual; p2 had been spared, and one delay was long anyway."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(6)
+    usual = np.full((4, 4), 0.05)
+    usual[0, 1] = 2.0
+    for window in range(70):
+        for s, d in permutations(range(4), 2):
+            more = 0.5 if 10 <= window < 50 and s != 2 else 0.0
+            seconds = (usual[s, d] + more) * chance.lognormal(0, 0.05)
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, seconds, float(window))
+        detector.look(window + 1.0)
+        assert window < 50 or not detector.slow, window
+
+
+def test_one_that_was_late_once_does_not_stay_behind_when_all_have_become_slower() -> None:
+    detector = Slowness(Patience())
+    for window in range(80):
+        common = 3.0 if window >= 30 else 1.0
+        for s, d in permutations(range(4), 2):
+            late = 3.0 if (s, d) == (2, 0) and window in (25, 33, 34) else 1.0
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.1 * (s + 1) * common * late, float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
+
+
 def test_windows_of_very_many_pairs_last_longer() -> None:
     detector = Slowness(Patience(pairs_per_second=4))
     for receiver in names(12):
