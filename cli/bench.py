@@ -90,3 +90,43 @@ def overlap(rates: str, rtt: float, periods: int, cc: str, markdown: bool, json_
     """
     words = ["--rates", rates, "--rtt-ms", f"{rtt:g}", "--periods", str(periods), "--cc", cc]
     measure("overlap", *words, *(["--markdown"] if markdown else []), json_=json_)
+
+
+@command.command(epilog="Example: elastic bench faults --repeat 3 --json faults.json")
+@click.option("--loopback", is_flag=True, help="No emulated WAN: without slow links, and needs no root.")
+@click.option("--clean", type=click.FloatRange(0), default=0, metavar="SECONDS", help="Inject nothing; with jitter.")
+@click.option("--goodput", is_flag=True, help="Tokens per second, undisturbed and with a kill now and then.")
+@click.option("--seconds", type=click.FloatRange(1), default=120, show_default=True, help="--goodput: of each run.")
+@click.option("--every", type=click.FloatRange(1), default=30, show_default=True, help="--goodput: between kills.")
+@click.option("--kinds", help="Of faults, by their titles, with commas between.  [default: all]")
+@click.option("--size", type=SIZE, default=8, show_default=True, help="MiB of parameters.")
+@click.option("--cc", default="cubic", show_default=True, help="Congestion control.")
+@click.option(
+    "--repeat", type=click.IntRange(1), default=5, show_default=True, help="Injections of each kind, or runs."
+)
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@_json
+def faults(
+    loopback: bool,
+    clean: float,
+    goodput: bool,
+    seconds: float,
+    every: float,
+    kinds: str | None,
+    size: float,
+    cc: str,
+    repeat: int,
+    markdown: bool,
+    json_: str | None,
+) -> None:
+    """Faults befall a run of four peers: are they named, is it the right culprit, how long does it take?
+
+    Five sites of an emulated WAN; needs root and /dev/net/tun, or --loopback. Compute is a timed wait. Takes about
+    3 minutes for each turn of --repeat.
+    """
+    words = ["--repeat", str(repeat), "--size", f"{size:g}", "--cc", cc]
+    words += ["--goodput", "--seconds", f"{seconds:g}", "--every", f"{every:g}"] if goodput else []
+    words += ["--clean", f"{clean:g}"] if clean else []
+    words += ["--kinds", kinds] if kinds else []
+    words += [f"--{name}" for name, wanted in (("loopback", loopback), ("markdown", markdown)) if wanted]
+    measure("faults", *words, json_=json_)

@@ -613,13 +613,15 @@ class Rounds:
             del self._link_breaks[pair]  # the round went through: what broke has been redialled
 
     def _emit_commit(self, operation: Operation, record: Committed) -> None:
+        giving = {name: operation.proposals[name] for name in record.contributors if name in operation.proposals}
         self._roster.emit(
             "round.committed",
             tag=record.tag,
             round=record.round,
             attempt=record.attempt,
             contributors=list(record.contributors),
-            tokens={n: int(operation.proposals[n].counts) for n in record.contributors if n in operation.proposals},
+            tokens={name: int(proposal.counts) for name, proposal in giving.items()},
+            cursors={name: proposal.cursors for name, proposal in giving.items()},
             version=record.version,
             digest=record.digest,
             skipped=record.skipped,

@@ -12,28 +12,30 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """windows: how many running confirm a suspicion, or clear it. history: how many of its past a pair, or a peer, is
-    judged by; needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs longer, so
-    that not more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a measurement must
-    have carried: of less, latency and chance are most of the delay.
+    """windows: how many running confirm a suspicion, or clear it. lasting_seconds: and how long after the first of them
+    the last must have begun: a burst of traffic, or a pause, is over by then. history: how many of its past a pair, or
+    a peer, is judged by; needed: how many it must have. window_seconds: how long one lasts at least, and for many pairs
+    longer, so that not more than `pairs_per_second` are judged: about a twentieth of a core. least_bytes: what a
+    measurement must have carried: of less, latency and chance are most of the delay.
     """
 
     windows: int = 3
+    lasting_seconds: float = 4.0
     history: int = 30
     needed: int = 5
     window_seconds: float = 1.0
-    pairs_per_second: int = 10_000
+    pairs_per_second: int = 6_000
     least_bytes: int = 64 << 10
 
 
 class Persisting(Generic[Key, Value]):
-    """Found in `windows` looks running: confirmed; missing in as many: cleared.
+    """Found in `windows` looks running, for `lasting` seconds: confirmed; missing in as many: cleared.
 
     confirmed: by key, what was found last, and when it was first found, in that streak.
     """
 
-    def __init__(self, windows: int) -> None:
-        self._windows = windows
+    def __init__(self, windows: int, lasting: float = 0.0) -> None:
+        self._windows, self._lasting = windows, lasting
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
@@ -46,7 +48,7 @@ class Persisting(Generic[Key, Value]):
         for key in found:
             count, since = before.get(key, (0, at))
             self._streaks[key] = count + 1, since
-            if key in self.confirmed or count + 1 >= self._windows:
+            if key in self.confirmed or (count + 1 >= self._windows and at - since >= self._lasting):
                 self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
         missing = self.confirmed.keys() - found.keys()
         self._missing = {key: self._missing.get(key, 0) + judged(key) for key in missing}

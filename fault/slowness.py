@@ -1,8 +1,17 @@
 """Slow senders, receivers and links over time: windows of measured delays in, what persists out.
 
 One window is what came in since the last: often one operation per pair. A cell is judged against its own past, because
-links over a WAN differ by nature; what it was while it was suspected does not become its past. What `delays.slow_parts`
-finds in several windows running is confirmed, and cleared when it has not been found for as many.
+links over a WAN differ by nature; what it was while it was known to be slow does not become its past. What
+`delays.slow_parts` finds in several windows running is confirmed, and cleared when it has not been found for as many.
+
+How much an operation carries over a link changes with its plan, and nobody knows which part of a delay is latency and
+which goes with the bytes. So what was to be expected lies between as long as before and in proportion to the bytes;
+within these bounds, a cell is taken to be as all are in the middle.
+
+What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by about as many seconds
+(busy machines do, and then the shortest seem to be hit most). Nor is it slow to be as before while all others become
+faster, which they do when that is over. So what is named must stand out in proportion, and also in what is left of its
+delay without those seconds, where nothing counts as faster than usual.
 """
 
 from __future__ import annotations
@@ -10,16 +19,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .delays import Slow, slow_parts
 from .persisting import Patience, Persisting
+from .robust import FACTOR
 
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
+Measured = tuple[float, float]
+"""Logarithms of bytes and of seconds."""
 
 
 @dataclass(slots=True)
@@ -28,13 +40,13 @@ class Slowness:
 
     patience: Patience = field(default_factory=Patience)
     windows: int = 0
-    _now: dict[Pair, list[float]] = field(default_factory=lambda: defaultdict(list))
-    _past: dict[Pair, deque[float]] = field(default_factory=dict)
+    _now: dict[Pair, list[Measured]] = field(default_factory=lambda: defaultdict(list))
+    _past: dict[Pair, deque[Measured]] = field(default_factory=dict)
     _began: float | None = None
     _persisting: Persisting[Culprit, Slow] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._persisting = Persisting(self.patience.windows)
+        self._persisting = Persisting(self.patience.windows, self.patience.lasting_seconds)
 
     @property
     def slow(self) -> Mapping[Culprit, tuple[Slow, float]]:
@@ -44,7 +56,7 @@ class Slowness:
     def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
         """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
         if carried >= self.patience.least_bytes and 0 < seconds < math.inf:
-            self._now[sender, receiver].append(math.log(seconds / carried))
+            self._now[sender, receiver].append((math.log(carried), math.log(seconds)))
             self._began = at if self._began is None else self._began
 
     def look(self, at: float) -> None:
@@ -52,28 +64,32 @@ class Slowness:
         lasting = max(self.patience.window_seconds, len(self._now) / self.patience.pairs_per_second)
         if self._began is None or at - self._began < lasting:
             return
-        logs = {pair: statistics.median(values) for pair, values in self._now.items()}
+        logs = {pair: _middle(values) for pair, values in self._now.items()}
         self._persisting.window({(slow.kind, slow.culprits): slow for slow in self._judge(logs)}, self._began)
         self._learn(logs)
         self.windows += 1
         self._now.clear()
         self._began = None
 
-    def _judge(self, logs: Mapping[Pair, float]) -> tuple[Slow, ...]:
+    def _judge(self, logs: Mapping[Pair, Measured]) -> tuple[Slow, ...]:
+        usual = {pair: _middle(past) for pair, past in self._past.items() if len(past) >= self.patience.needed}
+        judged = {pair: (logs[pair], usual[pair]) for pair in logs.keys() & usual.keys()}
         names = sorted({name for pair in logs for name in pair})
-        index = {name: i for i, name in enumerate(names)}
-        matrix = np.full((len(names), len(names)), np.nan)
-        for (sender, receiver), value in logs.items():
-            past = self._past.get((sender, receiver), ())
-            if len(past) >= self.patience.needed:
-                matrix[index[sender], index[receiver]] = value - statistics.median(past)
-        return slow_parts(matrix, names)
+        found = _slow(judged, names)
+        if not found:
+            return ()
+        common = statistics.median_low(_more(*each) for each in judged.values())
+        allowed = FACTOR * max(0.0, common)
+        less = {pair: ((b, _less(s, allowed)), before) for pair, ((b, s), before) in judged.items()}
+        still = {(slow.kind, slow.culprits) for slow in _slow(less, names, least=0.0)}
+        return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)
 
-    def _learn(self, logs: Mapping[Pair, float]) -> None:
-        """What is suspected of being slow is not what is usual."""
-        suspects = self._persisting.suspects
-        peers = {culprits[0] for _, culprits in suspects if len(culprits) == 1}
-        links = {culprits for _, culprits in suspects if len(culprits) == 2}
+    def _learn(self, logs: Mapping[Pair, Measured]) -> None:
+        """What is known to be slow is not what is usual. What is only suspected is: when all become slower and that
+        becomes usual, one that was suspected for a moment must not stay behind, or it will be suspected for ever."""
+        known = self._persisting.confirmed
+        peers = {culprits[0] for _, culprits in known if len(culprits) == 1}
+        links = {culprits for _, culprits in known if len(culprits) == 2}
         for pair, value in logs.items():
             if pair not in links and peers.isdisjoint(pair):
                 self._past.setdefault(pair, deque(maxlen=self.patience.history)).append(value)
@@ -84,3 +100,33 @@ class Slowness:
             self._past.pop(pair, None)
             self._now.pop(pair, None)
         self._persisting.forget(lambda key: name in key[1])
+
+
+def _slow(
+    judged: Mapping[Pair, tuple[Measured, Measured]], names: Sequence[str], least: float = -math.inf
+) -> tuple[Slow, ...]:
+    """Of what was measured, beside what is usual. least: below which nothing counts."""
+    index = {name: i for i, name in enumerate(names)}
+    low, high = np.full((2, len(names), len(names)), np.nan)
+    for (sender, receiver), ((carried, seconds), (before, took)) in judged.items():
+        bounds = sorted((seconds - took, seconds - took - (carried - before)))
+        low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
+    seen = np.isfinite(low)
+    level = float(np.median((low + high)[seen] / 2)) if seen.any() else 0.0
+    return slow_parts(np.maximum(np.clip(level, low, high), least), names)
+
+
+def _middle(values: Iterable[Measured]) -> Measured:
+    carried, seconds = zip(*values, strict=True)
+    return statistics.median(carried), statistics.median(seconds)
+
+
+def _more(measured: Measured, usual: Measured) -> float:
+    """Seconds beyond what can be expected of so many bytes."""
+    (carried, seconds), (before, took) = measured, usual
+    return math.exp(seconds) - math.exp(took + max(0.0, carried - before))
+
+
+def _less(log: float, seconds: float) -> float:
+    """The logarithm of so many seconds less."""
+    return math.log(max(math.exp(log) - seconds, 1e-6))

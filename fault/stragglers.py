@@ -33,7 +33,8 @@ class Stragglers:
     def __init__(self, patience: Patience | None = None) -> None:
         self._patience = patience or Patience()
         self._past: dict[str, deque[float]] = {}
-        self._persisting: Persisting[str, Straggler] = Persisting(self._patience.windows)
+        windows, lasting = self._patience.windows, self._patience.lasting_seconds
+        self._persisting: Persisting[str, Straggler] = Persisting(windows, lasting)
 
     @property
     def slow(self) -> Mapping[str, tuple[Straggler, float]]:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +81,11 @@ ROWS = [
 
 def test_detector() -> None:
     found = report("detector", "--quick")
-    assert not [note for note in found["notes"] if "FAILED" in note] and found["notes"][0].startswith("0 alarms in ")
+    assert not [note for note in found["notes"] if "FAILED" in note]
+    assert [note for note in found["notes"] if note.startswith("500 clean windows") and ": 0 alarms in " in note]
     gated = [sample for sample in found["samples"] if sample["cells"]["peers"] == "16"]
-    assert {sample["cells"]["fault"] for sample in gated} == {"sender", "receiver", "link", "two"}
+    measured = {"slow sender", "slow receiver", "slow link", "slow peer", "bad gradient"}
+    assert {sample["cells"]["fault"] for sample in gated} == measured | {"two delays", "any two"}
     assert all(0.9 <= sample[key] <= 1 for sample in found["samples"] for key in ("recall", "precision"))
 
 
@@ -92,6 +95,30 @@ def test_telemetry() -> None:
     *parts, whole = found["samples"]
     assert [sample["cells"]["part"] for sample in parts] == ["collecting", "beating", "witness", "marks"]
     assert all(sample["seconds"] > 0 and sample["beats"] > 3 for sample in parts) and 0 < whole["share"] < 0.02
+
+
+def test_what_so_few_alarms_leave_possible() -> None:
+    from benchmarks.detector import upper
+
+    assert upper(0) == pytest.approx(-math.log(0.05)) and upper(1) == pytest.approx(4.744, abs=0.001)
+    assert upper(10) == pytest.approx(16.962, abs=0.001)
+
+
+def test_a_recorded_run_is_replayed_as_it_was(tmp_path: Path) -> None:
+    """A trace in which one peer becomes slow, and one without."""
+    from benchmarks.detector import alarms, recorded, replayed
+
+    for factor, expected in ((1.0, {}), (4.0, {"slow peer": 1})):
+        lines = [
+            [at / 2, name, [], 0.1 * (factor if name == "b" and at > 90 else 1.0) + 0.001 * (at % 3), []]
+            for at in range(119)
+            for name in "abc"
+        ]
+        path = tmp_path / f"{factor}.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        beats = recorded(path)
+        assert len(beats) == 357 and beats[0].name == "a"
+        assert dict(alarms(replayed(beats, 60, np.random.default_rng(1)))) == expected
 
 
 def test_quality() -> None:
@@ -215,3 +242,59 @@ def test_overlap_fails_where_peers_differ() -> None:
     result.answers[1]["hash"] = "other"
     with pytest.raises(BenchmarkError, match="Eager: the peers hold different versions"):
         overlap.check(result)
+
+
+# --- faults; cuts and slow links of sites are in tests/wan/test_faults.py ---------------------------------------------
+
+QUICK = ("--loopback", "--size", "0.5", "--step-ms", "30", "--sync-every", "12")
+
+
+def test_faults_of_real_processes_are_named() -> None:
+    found = report("faults", *QUICK, "--repeat", "1", "--kinds", "kill,slow peer,scaled gradient,corrupt frame")
+    *kinds, whole = found["samples"]
+    named = {each["cells"]["fault"]: each["injections"] for each in kinds}
+    assert {kind: [one["named"] for one in injections] for kind, injections in named.items()} == {
+        "kill": ["crash"], "slow peer": ["slow peer"], "scaled gradient": ["bad gradient"],
+        "corrupt frame": ["corrupt frames"],
+    }  # fmt: skip
+    assert named["kill"][0]["again"] > 0, "its shard trains again"
+    assert whole["rounds"] > 10 and whole["lost"] == whole["twice"] == whole["missing"] == 0
+
+
+def test_goodput_under_kills() -> None:
+    found = report("faults", *QUICK, "--goodput", "--seconds", "6", "--every", "4", "--repeat", "1")
+    undisturbed, disturbed, whole = found["samples"]
+    assert undisturbed["tokens"][0] > 0 and disturbed["tokens"][0] > 0
+    assert any(note.startswith("1 kills, ") for note in found["notes"])
+    assert whole["lost"] == whole["twice"] == whole["missing"] == 0
+
+
+def test_what_a_log_says_of_faults(tmp_path: Path) -> None:
+    from benchmarks.faults import Watch
+
+    def commit(at: float, number: int, **cursors: int) -> dict[str, Any]:
+        each = {name: {"7" if name in "ax" else "8": cursor} for name, cursor in cursors.items()}
+        return {"event": "round.committed", "monotonic": at, "round": number, "skipped": False,
+                "contributors": list(cursors), "cursors": each}  # fmt: skip
+
+    told = {"event": "anomaly.confirmed", "kind": "crash", "culprits": ["a"]}
+    path = tmp_path / "events.jsonl"
+    events = [
+        {"event": "peer.joined", "monotonic": 0.5, "peer": "a"},
+        commit(1.0, 1, a=10, b=10),
+        told | {"monotonic": 2.0},
+        {"event": "peer.evicted", "monotonic": 2.0, "peer": "a"},
+        commit(3.0, 2, a=20, b=20),  # it was proposed before the death
+        commit(4.0, 4, b=30),
+        {"event": "peer.joined", "monotonic": 5.0, "peer": "a"},
+        commit(6.0, 5, a=20, b=40),
+        commit(7.0, 6, a=30, b=50),
+    ]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    watch = Watch(path)
+    watch.look()
+    assert watch.standing == {("crash", ("a",))} and watch.verdicts(2.5) == []
+    assert watch.joined("a") == 5.0 and watch.rounds_of("a", 0.0) == 2
+    assert watch.lost_rounds() == 1, "number 3"
+    assert watch.again("a", 1.5) == pytest.approx(4.5), "its next life goes beyond what was committed"
+    assert watch.share("a") == 1.0

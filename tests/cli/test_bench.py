@@ -36,7 +36,7 @@ def test_join_writes_its_samples_where_it_is_told(tmp_path: Path) -> None:
 
 
 def test_every_measurement_explains_itself() -> None:
-    for words in ([], ["join"], ["recovery"], ["overlap"]):
+    for words in ([], ["join"], ["recovery"], ["overlap"], ["faults"]):
         shown = CliRunner().invoke(main, ["bench", *words, "--help"])
         assert shown.exit_code == 0 and "Example: elastic bench " in shown.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_nothing_seen_is_nothing_said() -> None:
 
 
 class Feed:
-    """Windows of measurements: every pair in each."""
+    """Windows of measurements, two seconds each: every pair in each."""
 
     def __init__(self, n: int = 4) -> None:
         self.names, self.now, self.detector = names(n), 0.0, Slowness(Patience())
@@ -116,7 +117,7 @@ class Feed:
                         noise = self._chance.normal(0, 0.05)
                         seconds = math.exp(self._usual[s, d] + noise) * faults.get(sender, 1.0)
                         self.detector.observe(sender, receiver, 1 << 20, seconds, self.now)
-            self.now += 1.0
+            self.now += 2.0
             self.detector.look(self.now)
 
 
@@ -129,7 +130,17 @@ def test_links_that_differ_by_nature_are_no_fault_and_three_windows_make_one() -
     feed.windows(1, p1=3.0)
     assert set(feed.detector.slow) == {("sender", ("p1",))}
     slow, since = feed.detector.slow["sender", ("p1",)]
-    assert since == 20.0 and slow.factor == pytest.approx(3.0, rel=0.3)
+    assert since == 40.0 and slow.factor == pytest.approx(3.0, rel=0.3)
+
+
+def test_a_burst_of_three_short_windows_is_none() -> None:
+    detector = Slowness(Patience(lasting_seconds=4.0))
+    for window in range(30):
+        for s, d in permutations(range(4), 2):
+            slow = s == 1 and (10 <= window < 14 or window >= 20)
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.3 if slow else 0.1, float(window))
+        detector.look(window + 1.0)
+        assert bool(detector.slow) == (window >= 24), "four seconds after the first"
 
 
 def test_what_lasts_does_not_become_usual_and_what_ends_is_cleared() -> None:
@@ -169,6 +180,76 @@ def test_small_messages_and_short_windows_say_nothing() -> None:
     assert detector.windows == 0
     detector.look(6.0)
     assert detector.windows == 1
+
+
+@pytest.mark.parametrize("carried", [1 << 17, 1 << 20, 1 << 24])
+def test_another_share_of_the_bytes_is_no_fault_whatever_part_of_a_delay_is_latency(carried: int) -> None:
+    """A new plan gives p1 less, or more: all its cells change, in a way of their own."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(carried)
+    latency = chance.uniform(0.0, 0.2, (4, 4))
+    for window in range(40):
+        for s, d in permutations(range(4), 2):
+            share = carried if d == 1 and window >= 20 else 1 << 20
+            seconds = latency[s, d] + share / 20e6
+            detector.observe(f"p{s}", f"p{d}", share, seconds * math.exp(chance.normal(0, 0.05)), float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
+
+
+def test_who_is_slow_with_another_share_is_named_all_the_same() -> None:
+    feed = Feed()
+    feed.windows(10)
+    for _ in range(3):
+        for s, d in permutations(range(4), 2):
+            seconds = math.exp(feed._usual[s, d]) * 2 * (3.0 if s == 1 else 1.0)
+            feed.detector.observe(f"p{s}", f"p{d}", 2 << 20, seconds, feed.now)
+        feed.now += 2.0
+        feed.detector.look(feed.now)
+    assert set(feed.detector.slow) == {("sender", ("p1",))}
+
+
+@pytest.mark.parametrize("common", [0.2, 0.5, 2.0])
+def test_what_takes_everybody_as_many_seconds_more_is_nobodys_fault(common: float) -> None:
+    """A busy machine: the short delays become many times as long, the long ones hardly."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(5)
+    usual = np.where(np.add.outer([0, 0, 1, 1], [0, 0, 1, 1]) == 1, 0.8, 0.15)
+    for window in range(40):
+        more = common * chance.lognormal(0, 0.2) if window >= 20 else 0.0
+        for s, d in permutations(range(4), 2):
+            seconds = usual[s, d] * chance.lognormal(0, 0.05) + more
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, seconds, float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
+    for window in range(40, 45):
+        for s, d in permutations(range(4), 2):
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, (usual[s, d] + common) * (3 if s == 2 else 1), float(window))
+        detector.look(window + 1.0)
+    assert set(detector.slow) == {("sender", ("p2",))}, "who is slower than the others is named meanwhile, too"
+
+
+def test_who_stays_as_it_was_while_all_others_become_faster_is_not_slow() -> None:
+    """All were slowed for so long that it became usual; p2 had been spared, and one delay was long anyway."""
+    detector, chance = Slowness(Patience()), np.random.default_rng(6)
+    usual = np.full((4, 4), 0.05)
+    usual[0, 1] = 2.0
+    for window in range(70):
+        for s, d in permutations(range(4), 2):
+            more = 0.5 if 10 <= window < 50 and s != 2 else 0.0
+            seconds = (usual[s, d] + more) * chance.lognormal(0, 0.05)
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, seconds, float(window))
+        detector.look(window + 1.0)
+        assert window < 50 or not detector.slow, window
+
+
+def test_one_that_was_late_once_does_not_stay_behind_when_all_have_become_slower() -> None:
+    detector = Slowness(Patience())
+    for window in range(80):
+        common = 3.0 if window >= 30 else 1.0
+        for s, d in permutations(range(4), 2):
+            late = 3.0 if (s, d) == (2, 0) and window in (25, 33, 34) else 1.0
+            detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.1 * (s + 1) * common * late, float(window))
+        detector.look(window + 1.0)
+        assert not detector.slow, window
 
 
 def test_windows_of_very_many_pairs_last_longer() -> None:

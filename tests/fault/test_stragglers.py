@@ -17,7 +17,7 @@ def feed(stragglers: Stragglers, windows: int, begin: int = 0, sigma: float = 0.
         steps = {
             p: s * factors.get(p, factors.get("all", 1.0)) * chance.lognormvariate(0, sigma) for p, s in USUAL.items()
         }
-        stragglers.window(steps, float(at))
+        stragglers.window(steps, 2.0 * at)
 
 
 def test_machines_that_differ_are_no_fault_and_one_that_slows_down_is_named() -> None:
@@ -28,7 +28,7 @@ def test_machines_that_differ_are_no_fault_and_one_that_slows_down_is_named() ->
     assert not stragglers.slow, "two windows may be chance"
     feed(stragglers, 1, 22, b=2.0)
     [(straggler, since)] = stragglers.slow.values()
-    assert straggler.peer == "b" and since == 20.0
+    assert straggler.peer == "b" and since == 40.0
     assert straggler.factor == pytest.approx(2.0, rel=0.3) and straggler.usual == pytest.approx(0.1, rel=0.1)
     assert straggler.deviations > 4
 
