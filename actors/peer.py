@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from elastic.config import Timeouts
+from elastic.errors import Evicted
 from elastic.peer import Peer
 from fault.inject import Injection, strike
 
@@ -51,10 +52,11 @@ class PeerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Where a life runs. node: as Ray knows it."""
+    """Where a life runs. node: as Ray knows it. expelled: why the run goes on without it, if it does."""
 
     node: str
     pid: int
+    expelled: Evicted | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,8 @@ class PeerHost:
 
     @ray.method(concurrency_group="control")
     def process(self) -> Process:
-        return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid())
+        expelled = self._peer.expulsion if self._peer else None
+        return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), expelled=expelled)
 
     @ray.method(concurrency_group="train")
     def join(self) -> Life:

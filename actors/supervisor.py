@@ -30,6 +30,7 @@ from .peer import Life, PeerActor, PeerSpec, Process, Trained
 from .restarts import GiveUp, Place, RestartPolicy, Restarts
 
 ASK_SECONDS = 1.0
+EXPELLED_SECONDS = 5.0  # for a script to notice that its peer is no member any more
 MAX_PLACES = 4
 TAIL_SECONDS = 15.0  # for another node to say what the end of a log is
 
@@ -202,6 +203,8 @@ class SiteSupervisor:
             await self._live(charge)
         except RayTaskError as error:
             await self._raised(charge, error.cause if isinstance(error.cause, Exception) else error)
+        except Evicted as error:
+            await self._raised(charge, error)
         except (RayActorError, GetTimeoutError) as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise  # its next life would fail in the same way
@@ -226,13 +229,18 @@ class SiteSupervisor:
         self._say()
 
     async def _answer(self, charge: Charge, call: Any) -> Any:
-        """What the call returns, or raises; GetTimeoutError if the process says nothing meanwhile."""
-        answer, heard = asyncio.ensure_future(call), time.monotonic()
+        """What the call returns, or raises; GetTimeoutError if the process says nothing meanwhile, Evicted if the run
+        goes on without it and its script does not notice."""
+        answer, heard, member = asyncio.ensure_future(call), time.monotonic(), time.monotonic()
         while not answer.done():
             alive = asyncio.ensure_future(charge.actor.process.remote())
             await asyncio.wait({answer, alive}, timeout=ASK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if alive.done() and alive.exception() is None:
                 heard = time.monotonic()
+                expelled = alive.result().expelled
+                member = member if expelled else heard
+                if expelled and heard - member > EXPELLED_SECONDS:
+                    raise expelled
             elif time.monotonic() - heard > self._policy.hang_seconds:
                 raise GetTimeoutError(f"{charge.name} has not answered for {self._policy.hang_seconds:.0f} s")
             await asyncio.wait({answer}, timeout=ASK_SECONDS)
@@ -291,7 +299,9 @@ class SiteSupervisor:
         """With an exception: it may ask for another life; any other would be raised again."""
         after = getattr(error, "retry_after", None)
         expelled = isinstance(error, Evicted) and "was expelled" in str(error) and SUPERSEDED not in str(error)
-        if isinstance(after, (int, float)) and 0 <= after < math.inf:
+        if isinstance(after, (int, float)) and after == math.inf:
+            await self._give_up(charge, error_line(error))
+        elif isinstance(after, (int, float)) and after >= 0:
             await self._restart(charge, after, error_line(error))
         elif getattr(error, "retryable", False) or expelled:
             await self._count(charge, charge.process.node if charge.process else "", error_line(error), error)

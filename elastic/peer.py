@@ -330,7 +330,7 @@ class Peer:
         self._target: SetTarget | None = None
         self._drain_until: float | None = None
         self._sigterm: Any = None
-        self._leaving = False
+        self._leaving = self._closed = False
         self._witness: Witness | None = None
         self._witness_lost = False
         self._notes: OrderedDict[str, CommitNote] = OrderedDict()
@@ -415,6 +415,12 @@ class Peer:
     def view(self) -> PeerView:
         with self._changed:
             return PeerView(self._epoch, tuple(self._members[name] for name in sorted(self._members)))
+
+    @property
+    def expulsion(self) -> Evicted | None:
+        """Why the run goes on without this life, if it does: every call raises it, should the script make one."""
+        expelled = isinstance(self._fatal, Evicted) and not (self._leaving or self._closed)
+        return self._fatal if expelled else None  # type: ignore[return-value]
 
     def wait_for(self, n: int, timeout: float = 60.0) -> PeerView:
         """Returns the view once at least `n` peers are in it; raises NotEnoughPeers after `timeout` seconds."""
@@ -543,6 +549,7 @@ class Peer:
     def close(self) -> None:
         """Closes every socket and thread at once, without leaving: to the others this peer falls silent."""
         self._undo_sigterm()
+        self._closed = True
         if self._witness is not None:
             self._witness.close()
         self._fail(Evicted("this Peer is closed", peer=self.name))

@@ -22,6 +22,7 @@ from elastic.events import EventReader
 pytestmark = pytest.mark.timeout(180)
 
 SHORT = Timeouts(chunk=1.0, evict_after=2.0)
+IMPATIENT = Timeouts(hang=2.0, evict_after=4.0)
 SAMPLES = 700
 SCRIPT = """
 import os, signal, sys, time
@@ -48,6 +49,30 @@ def in_quarantine(peer, config):
         retry_after = 0.7
     if peer.life == 1:
         raise Quarantined("come back later")
+    return {"life": peer.life}
+
+def banned(peer, config):
+    class Quarantined(elastic.Evicted):
+        retry_after = float("inf")
+    raise Quarantined("for good")
+
+def gets_stuck(peer, config):
+    gate, model = Path(config["gate"]), torch.nn.Linear(1, 1)
+    if peer.life > 1:
+        gate.touch()
+        return {"life": peer.life}
+    inner = torch.optim.SGD(model.parameters(), lr=1e-6)
+    with elastic.DiLoCo(model, inner, peer, sync_every=2):
+        for step in range(2000):
+            if peer.name == "p1" and step == 40:
+                print("it waits for a lock")
+                time.sleep(1000)
+            if gate.exists():
+                break
+            time.sleep(0.05)
+            model(torch.ones(1, 1)).sum().backward()
+            inner.step()
+            inner.zero_grad()
     return {"life": peer.life}
 
 def superseded(peer, config):
@@ -263,6 +288,28 @@ def test_a_quarantined_peer_comes_back_when_it_may_and_that_is_no_crash(
     assert [event["after"] for event in restarts] == [0.7] and not events(tmp_path, "peer.lost")
     waits = [start["monotonic"] - told["monotonic"] for told, start in zip(restarts, starts, strict=True)]
     assert min(waits) >= 0.7
+
+
+def test_who_is_barred_for_good_is_given_up_at_once(site: Callable[..., Any]) -> None:
+    report = site("banned")
+    assert (report.state, report.lives) == ("failed", 1) and "for good" in report.reason
+
+
+@pytest.mark.parametrize("run", [IMPATIENT], indirect=True)
+def test_a_script_that_is_stuck_is_named_ended_and_started_again(run: Run) -> None:
+    """Its process answers, and its heart beats: only its steps have stopped."""
+    from actors.restarts import RestartPolicy
+
+    gate = str(run.folder / "gate")
+    supervisor = run.start([run.spec("gets_stuck", name, gate=gate) for name in ("p0", "p1")], RestartPolicy())
+    report = settled(supervisor, "p1")
+    assert (report.state, report.lives, report.trained.result) == ("finished", 2, {"life": 2}), report.error
+    assert settled(supervisor).lives == 1
+    blamed = [(event["kind"], event["culprits"]) for event in run.said("anomaly.confirmed")]
+    assert blamed == [("hang outside communication", ["p1"])]
+    assert [event["culprits"] for event in run.said("peer.left_out")] == [["p1"]]
+    assert [event["peer"] for event in run.said("peer.ended")] == ["p1"]
+    assert not run.said("peer.quarantined"), "that a script is stuck says nothing of its machine"
 
 
 def test_who_took_its_name_is_left_alone(site: Callable[..., Any]) -> None:
