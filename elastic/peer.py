@@ -17,6 +17,7 @@ import queue
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -394,7 +395,7 @@ class Peer:
         try:
             self._witness = Witness(coordinator, self.run, self.name, self.incarnation, self.timeouts.heartbeat)
             self.telemetry.activity.marked_in(self._witness.page)
-        except (OSError, AttributeError) as error:  # a system that has no pidfd, or no memfd
+        except (OSError, AttributeError, subprocess.SubprocessError) as error:  # a system without pidfd or memfd, too
             self.events.emit("witness.failed", reason=f"{type(error).__name__}: {error}")
 
     def _connect(self, coordinator: str) -> Control:

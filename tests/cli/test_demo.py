@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -37,6 +38,20 @@ def processes_of(session: int, words: str = "") -> dict[int, str]:
     return {pid: line for pid, line in found.items() if words in line}
 
 
+MARK = "DEMO_WITNESSED"
+
+
+def witnesses_of(folder: Path) -> list[int]:
+    """The witnesses that were started by a demo in this folder: each is in a session of its own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line, environ = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+            if b"elastic.witness" in line and f"{MARK}={folder}".encode() in environ.split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
 # --- from end to end --------------------------------------------------------------------------------------------------
 
 
@@ -51,10 +66,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=os.environ | {"ELASTIC_WITNESS": "1", MARK: str(folder)},
     )
+    deadline = time.monotonic() + 100
+    while len(witnesses_of(folder)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert process.poll() is None, "it ended before there were three witnesses"
     printed, _ = process.communicate(timeout=280)
     assert process.returncode == 0, printed
-    assert not processes_of(process.pid)
+    assert not processes_of(process.pid) and not witnesses_of(folder)
     return folder / "out", json.loads((folder / "out" / "report.json").read_text()), printed
 
 
@@ -72,6 +92,16 @@ def test_the_kill_happened_in_mid_exchange_and_the_survivors_finished_that_round
     hit = next(entry for entry in report["contributors_per_round"] if entry["round"] == kill["round"])
     assert set(hit["contributors"]) == set(report["peers"]) - {kill["peer"]} and hit["attempt"] == 1
     assert kill["detected_seconds"] is not None and kill["contributed_again_seconds"] is not None
+
+
+def test_each_peer_had_a_witness_and_nothing_was_taken_for_a_hang(finished: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, _ = finished
+    logs = {path.stem: path.read_text() for path in (out / "events").glob("*.jsonl")}
+    assert logs.keys() >= {"coordinator", *report["peers"]}
+    assert not any("witness.failed" in log or "witness.lost" in log for log in logs.values())
+    told = [json.loads(line) for line in logs["coordinator"].splitlines() if "anomaly.confirmed" in line]
+    assert {event["kind"] for event in told} & {"hang outside communication", "hang in communication"} == set()
+    assert ("crash", [report["kills"][0]["peer"]]) in [(event["kind"], event["culprits"]) for event in told]
 
 
 def test_all_states_are_equal_and_the_loss_fell(finished: tuple[Path, dict[str, Any], str]) -> None:
