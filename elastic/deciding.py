@@ -303,6 +303,7 @@ class Rounds:
         if len(plan.names) < operation.spec.needs:
             self._tell_short(operation, plan.names)
             return
+        operation.short = ""
         receivers = tuple(sorted(names - set(giving)))
         operation.attempt += 1
         self._attempts[operation.tag] = (operation.round, operation.attempt)

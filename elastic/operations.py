@@ -191,7 +191,7 @@ class Operation:
                 self._acknowledge(message.abort)
             case Commit() if self._is_news(message, message.round):
                 return self._judge(message) if not self._is_earlier(message) else None
-            case Short():
+            case Short() if self._is_news(message, message.round):
                 self._short = message.reason
             case Base():
                 self.withdraw()
@@ -218,6 +218,7 @@ class Operation:
             self._send(self._pending)
             return
         self._attempts += 1
+        self._short = ""
         source, result = self._buffers(begin)
         self._done, self._begin, self._result = None, begin, result
         self._proposal = dataclasses.replace(self._proposal, round=start.round)

@@ -227,6 +227,8 @@ def laned(peer: elastic.Peer, order: dict[str, Any]) -> dict[str, Any]:
     drawn = torch.Generator().manual_seed(sum(order["name"].encode()) + order["rank"])
     joint: set[int] = set()
     loop = order.get("loop", {})
+    if "combine" in loop:
+        loop["combine"] = getattr(elastic, loop["combine"])(byzantine=0)
     kind = elastic.StreamingDiLoCo if "sync_delay" in loop else elastic.DiLoCo
     with kind(model, inner, peer, sync_every=4, **loop) as outer:
         watch(peer, order, joint)

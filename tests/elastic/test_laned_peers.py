@@ -73,6 +73,15 @@ def test_ranks_with_lanes_come_to_the_same_bits_as_without(start: Any, loop: dic
         assert leader["sent"] == pytest.approx(found["with"][0]["total"], rel=0.1)
 
 
+def test_by_a_robust_rule_the_leaders_exchange_and_all_ranks_hold_the_same(start: Any) -> None:
+    loop = {"combine": "CoordinateMedian", "wire": "int8"}
+    sites = [start("east", loop=loop, policy={"rounds": ROUNDS}), start("west", loop=loop)]
+    ranks = [rank for site in sites for rank in site.facts()]
+    assert len({(rank["state_hash"], rank["parameters"]) for rank in ranks}) == 1
+    assert all(rank["version"] == rank["joint"] == ROUNDS for rank in ranks)
+    assert ranks[0]["sent"] > 0 and ranks[1]["sent"] < ranks[0]["sent"] / 100
+
+
 def test_a_peer_of_one_process_beside_one_of_two(start: Any) -> None:
     sites = [start("east", policy={"rounds": ROUNDS}), start("west", size=1)]
     (first, second), (lone,) = sites[0].facts(), sites[1].facts((0,))
