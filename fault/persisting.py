@@ -38,14 +38,19 @@ class Persisting(Generic[Key, Value]):
         self._windows, self._lasting = windows, lasting
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
+        self._unseen: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
 
-    def window(self, found: Mapping[Key, Value], at: float) -> None:
-        """One more look. at: when what was looked at began."""
+    def window(self, found: Mapping[Key, Value], at: float, unseen: Callable[[Key], bool] = lambda key: False) -> None:
+        """One more look. at: when what was looked at began. unseen: whether nothing was to be seen of this key: then a
+        streak goes on, fewer than `windows` times in a row."""
         before = self._streaks
+        waiting = {key: self._unseen.get(key, 0) + 1 for key in before.keys() - found.keys() if unseen(key)}
+        self._unseen = {key: times for key, times in waiting.items() if times < self._windows}
         self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
+        self._streaks |= {key: before[key] for key in self._unseen}
         for key, (count, since) in self._streaks.items():
-            if key in self.confirmed or (count >= self._windows and at - since >= self._lasting):
+            if key in found and (key in self.confirmed or (count >= self._windows and at - since >= self._lasting)):
                 self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
         self._missing = {key: self._missing.get(key, 0) + 1 for key in self.confirmed.keys() - found.keys()}
         for key, count in self._missing.items():
@@ -62,4 +67,5 @@ class Persisting(Generic[Key, Value]):
         for key in filter(gone, self.suspects):
             self._streaks.pop(key, None)
             self._missing.pop(key, None)
+            self._unseen.pop(key, None)
             self.confirmed.pop(key, None)
