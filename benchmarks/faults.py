@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from benchmarks import common
-from benchmarks.common import BenchmarkError, Launch, Report, Worker, launch_here
+from benchmarks.common import MIB, BenchmarkError, Launch, Report, Worker, launch_here
 from benchmarks.wan.wan import DEV, Wan, WanError
 from elastic.events import EventReader
 from fault.verdicts import CORRUPT, CRASH, CUT, FLAPPING, GRADIENT, LINK, SILENT, STRAGGLER
@@ -300,10 +300,14 @@ class Crew:
 
     @contextmanager
     def slow_link(self, culprits: Sequence[str]) -> Iterator[None]:
+        """At a rate at which what it has carried lately takes so many times as long."""
         assert self.wan is not None
         sender, receiver = (self.place[name].site for name in culprits)
-        before = self._carried(sender, receiver)
-        self.wan.set(sender, receiver, both=False, rate=RATE / SLOWER)
+        came, before = self.peers[culprits[1]].ask(do="came", sender=culprits[0]), self._carried(sender, receiver)
+        fired(came["bytes"] > 0, "slow link that carries nothing")
+        mbit = 8e-6 * came["bytes"] / (SLOWER * came["seconds"])
+        common.progress(f"{came['bytes'] / MIB:.1f} MiB in {came['seconds']:.2f} s, from now on at {mbit:.1f} Mbit/s")
+        self.wan.set(sender, receiver, both=False, rate=min(mbit, RATE / SLOWER))
         yield
         fired(self._carried(sender, receiver) > before, "slow link")
         self.wan.set(sender, receiver, both=False, rate=RATE)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch.utils.data import Dataset
 import elastic
 from benchmarks import common
 from collectives import LinkOptions
+from collectives.records import OperationRecord
 from elastic.membership import Membership
 from elastic.messages import Heartbeat
 from fault.inject import Fault, Injector
@@ -73,13 +76,16 @@ class Model(torch.nn.Module):
 
 
 class Training(threading.Thread):
-    """Trains until the process ends. cc: congestion control of its links. faults: what is to go wrong here."""
+    """Trains until the process ends. cc: congestion control of its links. faults: what is to go wrong here. came: of
+    each other peer, how many bytes of its numbers came here lately, and how many seconds that took.
+    """
 
     def __init__(self, order: dict[str, Any], model: Model) -> None:
         super().__init__(name="training", daemon=True)
         self.order, self._model = order, model
         self.faults = Injector(order["name"])
         self.cc: list[str] = []
+        self.came: dict[str, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=8))
         self.ready, self.error = threading.Event(), ""
 
     def run(self) -> None:
@@ -96,11 +102,23 @@ class Training(threading.Thread):
         name, faults = order["name"], self.faults
         return elastic.Peer(where, run=RUN, name=name, listen=listen, options=options, faults=faults)
 
+    def _watch(self, peer: elastic.Peer) -> None:
+        operated = peer.telemetry.operated
+
+        def noted(record: OperationRecord) -> None:
+            for link in record.links:
+                if link.own_bytes:
+                    self.came[link.peer].append((link.own_bytes, link.own_seconds))
+            operated(record)
+
+        peer.telemetry.operated = noted  # type: ignore[method-assign]
+
     def _train(self) -> None:
         model, order = self._model, self.order
         inner = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
         chance = random.Random(order["name"])
         with self._peer() as peer, elastic.DiLoCo(model, inner, peer, sync_every=order["sync_every"]):
+            self._watch(peer)
             peer.wait_for(order["peers"])
             self.ready.set()
             began = time.monotonic()
@@ -161,6 +179,11 @@ class Desk:
         faults = self._well.faults
         faults.disarm(order["id"])
         return {"fired": faults.fired[order["id"]]}
+
+    def came(self, order: dict[str, Any]) -> dict[str, Any]:
+        """bytes, seconds: medians of what came from this peer lately; 0 if nothing did."""
+        sizes, seconds = zip(*list(self._well.came[order["sender"]]) or [(0, 0.0)], strict=True)
+        return {"bytes": statistics.median(sizes), "seconds": statistics.median(seconds)}
 
     def facts(self, order: dict[str, Any]) -> dict[str, Any]:
         return {"cc": sorted(set(self._well.cc))}

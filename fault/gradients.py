@@ -125,7 +125,7 @@ class Gradients:
         found = {(bad.peer, bad.why): bad for bad in bad_contributions(given, self._usual)}
         running = {key: self._persisting.running(key) + 1 for key in found}
         found = {key: replace(bad, rounds=running[key]) for key, bad in found.items()}
-        self._persisting.window(found, at, judged=lambda key: key[0] in given)
+        self._persisting.window(found, at, unseen=lambda key: key[0] not in given)
         once = {peer: each for peer, each in self.bad.items() if peer not in given}
         self.bad = once | {peer: each for (peer, _), each in self._persisting.confirmed.items()}
         first = {bad.peer: bad for (_, why), bad in found.items() if why == "not finite"}

@@ -38,20 +38,22 @@ class Persisting(Generic[Key, Value]):
         self._windows, self._lasting = windows, lasting
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
+        self._unseen: dict[Key, int] = {}
         self.confirmed: dict[Key, tuple[Value, float]] = {}
 
-    def window(self, found: Mapping[Key, Value], at: float, judged: Callable[[Key], bool] = lambda key: True) -> None:
-        """One more look. at: when what was looked at began. judged: whether it would have shown this, were it there;
-        for what it would not, nothing changes."""
+    def window(self, found: Mapping[Key, Value], at: float, unseen: Callable[[Key], bool] = lambda key: False) -> None:
+        """One more look. at: when what was looked at began. unseen: whether nothing was to be seen of this key: then
+        nothing changes for it, fewer than `windows` times in a row."""
         before = self._streaks
-        self._streaks = {key: streak for key, streak in before.items() if not judged(key)}
-        for key in found:
-            count, since = before.get(key, (0, at))
-            self._streaks[key] = count + 1, since
-            if key in self.confirmed or (count + 1 >= self._windows and at - since >= self._lasting):
+        waiting = {key: self._unseen.get(key, 0) + 1 for key in before.keys() - found.keys() if unseen(key)}
+        self._unseen = {key: times for key, times in waiting.items() if times < self._windows}
+        self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
+        self._streaks |= {key: before[key] for key in self._unseen}
+        for key, (count, since) in self._streaks.items():
+            if key in found and (key in self.confirmed or (count >= self._windows and at - since >= self._lasting)):
                 self.confirmed[key] = found[key], self.confirmed[key][1] if key in self.confirmed else since
         missing = self.confirmed.keys() - found.keys()
-        self._missing = {key: self._missing.get(key, 0) + judged(key) for key in missing}
+        self._missing = {key: self._missing.get(key, 0) + (key not in self._unseen) for key in missing}
         for key, count in self._missing.items():
             if count >= self._windows:
                 del self.confirmed[key]
@@ -70,4 +72,5 @@ class Persisting(Generic[Key, Value]):
         for key in filter(gone, self.suspects):
             self._streaks.pop(key, None)
             self._missing.pop(key, None)
+            self._unseen.pop(key, None)
             self.confirmed.pop(key, None)

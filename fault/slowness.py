@@ -65,7 +65,8 @@ class Slowness:
         if self._began is None or at - self._began < lasting:
             return
         logs = {pair: _middle(values) for pair, values in self._now.items()}
-        self._persisting.window({(slow.kind, slow.culprits): slow for slow in self._judge(logs)}, self._began)
+        found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
+        self._persisting.window(found, self._began, unseen=lambda key: len(key[1]) == 2 and key[1] not in logs)
         self._learn(logs)
         self.windows += 1
         self._now.clear()

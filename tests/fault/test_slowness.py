@@ -252,6 +252,19 @@ def test_one_that_was_late_once_does_not_stay_behind_when_all_have_become_slower
         assert not detector.slow, window
 
 
+def test_a_link_that_a_plan_spares_now_and_then_is_still_named() -> None:
+    """Every second window, and that is no evidence for it; but what is never seen again is forgotten."""
+    detector = Slowness(Patience())
+    for window in range(40):
+        for s, d in permutations(range(4), 2):
+            spared = (s, d) == (2, 0) and (window >= 30 or window in (11, 13, 15))
+            slow = 3.0 if (s, d) == (2, 0) and window >= 10 else 1.0
+            if not spared:
+                detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.1 * slow, 2.0 * window)
+        detector.look(2.0 * window + 2.0)
+        assert set(detector.slow) == ({("link", ("p2", "p0"))} if 14 <= window < 34 else set()), window
+
+
 def test_windows_of_very_many_pairs_last_longer() -> None:
     detector = Slowness(Patience(pairs_per_second=4))
     for receiver in names(12):
