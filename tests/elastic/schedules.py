@@ -181,6 +181,7 @@ COMMON = [
 ]
 
 HOSTS = 4  # coordinators in one run
+TWINS = RunPolicy(redundancy=2)
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,15 @@ SCENARIOS = {
         Scenario("two epochs", data=SimData(epochs=2), ahead=2, often=("train", "reset")),
         Scenario("short stream", data=SimData(epochs=2, stream=18), often=("train",)),
         Scenario("long stream", "ab", warm=False, data=SimData(epochs=2, stream=31), ahead=3, often=("train", "turn")),
+        Scenario("twins", "abcd", policy=TWINS, data=SimData(epochs=2), ahead=1, often=("train", "turn")),
+        Scenario("twin streams", "abc", policy=TWINS, data=SimData(epochs=2, stream=31), often=("train", "turn")),
         Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),
         Scenario("all at once", "abcd", trouble=("drift", "black out", "rivals"), often=("turns", "save")),
+        Scenario(
+            "twins and all", "abcd", policy=TWINS, trouble=("drift", "black out", "rivals"), often=("turns", "save")
+        ),
     )
 }
 
