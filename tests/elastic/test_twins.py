@@ -21,13 +21,14 @@ from simulation import OUTER, SimData, World
 from sites import Site
 from test_data import N, Skipping, Stream, Tally, check_audit, counted_once, loader
 from test_membership import events
-from test_outer import all_train, equal
+from test_outer import Quadratic, all_train, equal, inner_of, steps, target_of
 from torch.utils.data import Dataset
 
 import elastic
 from elastic.config import RunPolicy, Timeouts
 from elastic.errors import ConfigurationError, Evicted
 from elastic.peer import Peer
+from elastic.shards import ShardReader
 
 # a round that waits for somebody's grace waits longer than the test may take
 ENDLESS = Timeouts(heartbeat=0.1, chunk=2.5, operation=30, round=60, grace=1000, evict_after=300)
@@ -60,7 +61,8 @@ def train(
     """The state hash, the parameters and the number of steps at the end; of a peer that was killed, what it had."""
     model, made, steps = model_of(), getattr(elastic, loop), 0
     inner = torch.optim.SGD(model.parameters(), lr=0.05)
-    outer = made(model, inner, peer, sync_every=H, joining="fresh")
+    joining = "fresh" if peer.name == "p4" else "rewarm"  # who comes late begins at its full learning rate
+    outer = made(model, inner, peer, sync_every=H, joining=joining)
     try:
         with outer:
             until(ready)
@@ -130,6 +132,7 @@ def test_rounds_keep_the_pace_of_the_faster_twin(twins: Run, tmp_path: Path, loo
 
     def before(peer: Peer, step: int) -> None:
         if peer.name == "p1":
+            assert step == 0 or peer.starts.get(0, SHARD) >= 9, "it goes on where its twin is"
             until(lambda: made["p0"] >= 10 * (step + 1) or peer.progress.finished)
         made[peer.name] += 1
 
@@ -140,6 +143,9 @@ def test_rounds_keep_the_pace_of_the_faster_twin(twins: Run, tmp_path: Path, loo
     assert len(rounds) == STEPS // H and all(names[0] == "p0" and names[1] in ("p2", "p3") for names in rounds)
     assert all("p1" in each["covers"] for each in committed(twins))
     assert not told(twins, "shard.released") and not told(twins, "round.shrunk")
+    lines = [json.loads(line) for line in (twins.folder / "p1.jsonl").read_text().splitlines()]
+    assert [each["covered"] for each in lines if each["event"] == "round.applied"] == [True] * len(rounds)
+    assert not [each for each in lines if each["event"] == "inner.rewarmed"], "nothing is wrong with its optimizer"
     check_points(twins)
     expected = undisturbed(tmp_path / "undisturbed", loop)
     assert {state_hash for state_hash, _, _ in ended} == {expected[0]}
@@ -292,6 +298,23 @@ def test_a_twin_may_be_several_ranks(tmp_path: Path, data: str) -> None:
         run.close()
 
 
+def test_peers_that_do_not_read_the_run_s_data_are_nobody_s_twins(run: Run) -> None:
+    """What they train on nobody knows: a twin could not stand in for it."""
+    run.policy = RunPolicy(redundancy=2, min_peers=2, quorum=1.0, rounds=3)
+
+    def part(peer: Peer) -> str:
+        model = Quadratic(target_of(peer))
+        inner = inner_of(model)
+        with elastic.DiLoCo(model, inner, peer, sync_every=2) as outer:
+            until(lambda: all_train(run, 2))
+            while not outer.finished:
+                steps(model, inner, 1)
+        return outer.version.state_hash
+
+    assert len({*run.together(part, run.several(2))}) == 1
+    assert contributors(run) == [("p0", "p1")] * 3
+
+
 def test_twins_need_one_loop_of_one_fragment(run: Run) -> None:
     run.policy = RunPolicy(redundancy=2)
     peer = run.join("p0")
@@ -315,7 +338,7 @@ def teams(world: World) -> dict[str, str]:
 
 
 def world_of(names: str, sites: dict[str, str] | None = None, **policy: Any) -> World:
-    world = World(RunPolicy(redundancy=2, **policy), data=SimData(epochs=2))
+    world = World(RunPolicy(**{"redundancy": 2} | policy), data=SimData(epochs=2))
     for name in names:
         world.start(name, site=(sites or {}).get(name, "here"))
         world.turn(read=0)
@@ -359,6 +382,19 @@ def test_a_twin_comes_back_to_its_place_and_a_newcomer_takes_it() -> None:
     assert b.running and not events(world, "shard.released")
     assert world.run_until(lambda: world.membership is not None and world.membership.progress.finished, turns=400)
     world.check_audit()
+
+
+def test_three_may_read_the_same() -> None:
+    world = world_of("abcd", redundancy=3)
+    assert teams(world) == {"a": "a", "b": "a", "c": "a", "d": "d"}
+    assert world.run_until(lambda: world.ledger.version >= 2)
+    for incarnation in (1000, 1001):
+        world.die(world.peers[incarnation])
+        world.prove(world.peers[incarnation])
+    assert world.run_until(lambda: world.membership is not None and world.membership.progress.finished, turns=400)
+    world.check_audit()
+    given = {name for each in events(world, "round.committed") for name in each["contributors"]}
+    assert given >= {"a", "c", "d"} and not events(world, "shard.released")
 
 
 def test_shards_of_twins_go_to_others_once_both_are_gone() -> None:
@@ -409,25 +445,22 @@ def test_a_run_is_paired_when_it_is_restarted_with_redundancy() -> None:
 def test_what_a_twin_has_counted_is_not_taken_again() -> None:
     """A peer that has not understood that its twin's round was its own is told to begin anew."""
     world = world_of("ab")
-    assert world.run_until(lambda: world.ledger.version >= 2)
-    assert world.membership is not None
+    assert world.run_until(lambda: world.ledger.version >= 2, read=1) and world.membership is not None
     a, b = world.peers[1000], world.peers[1001]
-    for peer in (a, b):
-        while peer.reader.left() and not peer.learned:
-            world.act(peer, "read", 2)
-    stale = (b.reader.cursors, b.reader.starts)
+    assert world.run_until(lambda: a.reader.starts == b.reader.starts and not a.learned and not b.learned, read=0)
+    ((shard, before),) = b.reader.starts.items()
+    world.act(a, "read", 1)
     world.act(a, "propose")
     version = world.ledger.version
-    assert world.run_until(lambda: world.ledger.version > version and b.version == world.ledger.version, read=0)
-    world.act(b, "give_up", OUTER)
-    b.reader.__init__(b.reader.layout)  # type: ignore[misc]
-    b.reader.add(stale[1])
-    b.rewinds_to = 0
+    assert world.run_until(lambda: a.version == b.version == version + 1, read=0)
+    assert world.membership.table is not None and world.membership.table.cursors == {shard: before + 1}
+    b.slots[OUTER].close()
+    b.reader, b.rewinds_to = ShardReader(b.reader.layout), 0
+    b.reader.add({shard: before})
     world.act(b, "read", 2)
     world.act(b, "propose")
-    tokens = world.ledger.tokens
+    assert b.slots[OUTER].proposal is not None and b.learned
     world.deliver_up(b, 100)
-    assert "a" not in world.membership.operations and world.ledger.tokens == tokens
-    assert not world.membership.operations.get(OUTER) or "b" not in world.membership.operations[OUTER].proposals
+    assert "b" not in [name for name, _ in world.membership.rounds.proposals()], "it was refused"
     assert world.run_until(lambda: world.membership is not None and world.membership.progress.finished, turns=400)
     world.check_audit()
