@@ -50,6 +50,13 @@ ASK_SECONDS = 15.0  # how long a recovery waits for a majority before it asks
     show_default=True,
     help="Part of the peers that must be ready before a round opens.",
 )
+@click.option(
+    "--redundancy",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="How many peers read each part of the data: with 2, rounds wait for the faster of two twins only.",
+)
 @click.option("--rounds", type=click.IntRange(0), default=0, help="The run is over after so many outer rounds.")
 @click.option("--tokens", type=click.IntRange(0), default=0, help="... so many tokens.")
 @click.option("--seconds", type=click.FloatRange(0), default=0.0, help="... this time.")
@@ -111,16 +118,13 @@ def _refuse(code: int, message: str) -> None:
 
 def _open(options: dict[str, Any]) -> Coordinator:
     journal = None if options["no_journal"] else options["journal"] or Path(f"elastic-{options['run']}.sqlite")
-    targets = {name: options[name] for name in TARGETS}
     try:
         return Coordinator(
             f"tcp://{options['bind']}",
             run=options["run"],
             policy=RunPolicy(
-                min_peers=options["min_peers"],
-                quorum=options["quorum"],
                 faults=_faults(options["on_fault"], options["quarantine"]),
-                **targets,
+                **{name: options[name] for name in ("min_peers", "quorum", "redundancy", *TARGETS)},
             ),
             journal=journal,
             events=options["events"],

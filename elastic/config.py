@@ -241,6 +241,8 @@ class RunPolicy:
     min_peers: rounds wait while fewer members are there.
     quorum: part of the members that must have proposed before a round opens; at least one more than
         half of them by default. 1.0 waits for all that are not silent.
+    redundancy: how many peers read each shard. With 2, twins stand in for one another: a round waits for the faster
+        one, and loses nothing with either. They count as one peer in quorum, as two in min_peers.
     max_attempts: an operation that failed this often is given up, and its callers see RoundAborted.
     rounds, tokens: the run is over once this many outer rounds or tokens are committed; 0 means no such target.
     seconds: or this time after the first outer loop began, while a coordinator served it; 0 means no such target.
@@ -250,6 +252,7 @@ class RunPolicy:
 
     min_peers: int = 1
     quorum: float = 0.5
+    redundancy: int = 1
     max_attempts: int = 16
     rounds: int = 0
     tokens: int = 0
@@ -262,6 +265,8 @@ class RunPolicy:
             raise ConfigurationError(f"min_peers is {self.min_peers}: a run needs at least 1 peer")
         if not 0 < self.quorum <= 1:
             raise ConfigurationError(f"quorum is {self.quorum}: it must be above 0 and at most 1")
+        if self.redundancy < 1:
+            raise ConfigurationError(f"redundancy is {self.redundancy}: each shard is read by 1 peer at least")
         if self.max_attempts < 1:
             raise ConfigurationError(f"max_attempts is {self.max_attempts}: it must be at least 1")
         for name in TARGETS:

@@ -180,11 +180,11 @@ class Data:
                         peer=self._peer.name,
                     )
 
-    def ask(self) -> Leases:
+    def ask(self, *, more: bool = True) -> Leases:
         assert self._request is not None and self._reader is not None
         # a question that was asked twice is answered twice, and the second answer must not pass for a later one's
         self._questions += 1
-        request = dataclasses.replace(self._request, holding=self._reader.holding, sequence=self._questions)
+        request = dataclasses.replace(self._request, holding=self._reader.holding, sequence=self._questions, more=more)
         answer = self._peer.ask(request, self.inbox, Leases, self._peer.timeouts.round)
         assert isinstance(answer, Leases)
         return answer
@@ -229,7 +229,7 @@ class Data:
 
     def rewind(self) -> None:
         if self._reader:
-            shards = self.ask().shards
+            shards = self.ask(more=False).shards  # one that goes back often must not lay in a store
             with self._lock:
                 self._reader.rewind(shards)
 

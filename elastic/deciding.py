@@ -254,10 +254,11 @@ class Rounds:
         if self._too_few(operation, present) or disputed:
             operation.opened_at = None
             return
-        missing = expected - present
-        needed, grace = self._terms(operation, len(expected), missing)
+        missing = expected - present - self._stood_in_for(operation, present)
+        count = len(self._teams(operation, expected))
+        needed, grace = self._terms(operation, count, missing)
         draining = any(proposal.leaving for proposal in operation.proposals.values())
-        if operation.opened_at is None and (draining or len(present) >= min(needed, len(expected))):
+        if operation.opened_at is None and (draining or len(self._teams(operation, present)) >= min(needed, count)):
             operation.opened_at = now
             for name in missing:
                 self._roster.send(name, self._roster.stamp(Open, tag=operation.tag, round=operation.round))
@@ -267,9 +268,35 @@ class Rounds:
             self._waited_for(operation, missing | present)
             self._begin_attempt(operation, here, now)
 
+    def _giving(self, operation: Operation, names: Iterable[str]) -> list[str]:
+        """Who of these has numbers for the others that are taken."""
+        proposals = operation.proposals
+        taken = sorted(set(names).difference(self.spurned) if operation.outer else names)
+        return [name for name in taken if proposals[name].weight > 0 and not proposals[name].receiver]
+
+    def _teams(self, operation: Operation, names: Iterable[str]) -> set[str]:
+        """What counts as one peer each: in rounds of an outer loop, twins do."""
+        return {self._leasing.team(name) for name in names} if operation.outer else {*names}
+
+    def _stood_in_for(self, operation: Operation, present: set[str]) -> set[str]:
+        """Who need not be waited for, since a twin gives what it would."""
+        return self._leasing.mates(self._giving(operation, present)) if operation.outer else set()
+
+    def _one_of_each(self, operation: Operation, giving: list[str]) -> tuple[str, ...]:
+        """Of twins the one that has read furthest; their samples are the same ones."""
+        if not operation.outer:
+            return tuple(giving)
+        furthest: dict[str, str] = {}
+        for name in sorted(giving, key=lambda name: (-operation.proposals[name].counts, name)):
+            furthest.setdefault(self._leasing.team(name), name)
+        return tuple(sorted(furthest.values()))
+
     def _too_few(self, operation: Operation, present: set[str]) -> bool:
-        """Whether fewer peers are here than the run needs. Who has no data left, and follows, is one (rule 11)."""
-        here = set(present)
+        """Whether fewer peers are here than the run needs. Who has no data left, and follows, is one (rule 11); so is
+        who trains beside a twin."""
+        members = self._roster.members
+        twins = self._stood_in_for(operation, present)
+        here = present | {n for n in twins if operation.tag in members[n].trains and not members[n].silent}
         if operation.outer and self._leasing.exhausted:
             here |= {*self._outer.holders(operation.tag, operation.fragment)}
         return not present or len(here) < self._policy.min_peers
@@ -291,8 +318,7 @@ class Rounds:
     def _begin_attempt(self, operation: Operation, names: set[str], now: float) -> None:
         """Starts the next attempt with these peers' proposals; a round without any weight is skipped (rule 6)."""
         weights = {name: operation.proposals[name].weight for name in sorted(names)}
-        willing = [n for n, w in weights.items() if w > 0 and not operation.proposals[n].receiver]
-        giving = tuple(name for name in willing if name not in self.spurned or not operation.outer)
+        giving = self._one_of_each(operation, self._giving(operation, names))
         if not giving:
             self._decide(operation, digest="", contributors=(), now=now)
             return
@@ -571,6 +597,7 @@ class Rounds:
         giving = [operation.proposals[name] for name in contributors if name in operation.proposals]
         training = self._training(operation, contributors)
         version = operation.base_version + (0 if skipped else 1) if operation.outer else -1
+        merged = _merged(giving)
         record = Committed(
             tag=operation.tag,
             round=operation.round,
@@ -578,7 +605,7 @@ class Rounds:
             fragment=operation.fragment,
             version=version,
             contributors=contributors,
-            **_merged(giving),
+            **merged,
             tokens=sum(proposal.counts for proposal in giving),
             scale=rounds.mean_length((each.weight, each.length) for each in giving),
             share=rounds.float32(len(contributors) / training),
@@ -586,6 +613,7 @@ class Rounds:
             digest=digest,
             skipped=skipped,
             elapsed=self._progress().elapsed,
+            covers=self._leasing.covers(contributors, merged["cursors"]) if operation.outer else (),
         )
         if operation.outer:
             self._roster.record(record)
@@ -596,9 +624,9 @@ class Rounds:
         self._close(operation, now)
 
     def _training(self, operation: Operation, contributors: tuple[str, ...]) -> int:
-        """How many train in the loop, contributors that have died since among them; at least 1."""
+        """How many train in the loop, contributors that have died since among them; at least 1. Twins are one."""
         training = {name for name, state in self._roster.members.items() if operation.tag in state.trains}
-        return max(1, len(training | {*contributors}))
+        return max(1, len(self._teams(operation, training | {*contributors})))
 
     def _publish(self, operation: Operation, commit: Commit) -> None:
         commit = self._renewed(commit)
@@ -626,6 +654,7 @@ class Rounds:
             version=record.version,
             digest=record.digest,
             skipped=record.skipped,
+            **({"covers": list(record.covers)} if record.covers else {}),
         )
 
     def _fail(self, operation: Operation, reason: str) -> None:
@@ -738,6 +767,7 @@ class Rounds:
             scale=record.scale,
             share=record.share,
             mass=record.mass,
+            covers=record.covers,
         )
         self.commits.setdefault(record.tag, deque(maxlen=KEPT_COMMITS)).append(commit)
         self._rounds[record.tag] = max(self._rounds.get(record.tag, 0), record.round + 1)

@@ -65,6 +65,8 @@ class StreamEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leased:
+    """name: of a peer, or of a team of twins (`twins.Twins.team`); in Released, too."""
+
     name: str
     shards: tuple[int, ...]
 
@@ -74,6 +76,14 @@ class Released:
     """The unfinished shards of this name may go to others."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """From now on this name is in that team of twins, whose shards it reads; "": in none."""
+
+    name: str
+    team: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +101,7 @@ class LoopFounded:
 class Committed:
     """A round of an outer loop is final. tokens: that it adds to the run. starts: as in Propose.
 
-    elapsed: of the run, in seconds. scale, share, mass: as in Commit.
+    elapsed: of the run, in seconds. scale, share, mass, covers: as in Commit.
     """
 
     tag: str
@@ -109,6 +119,7 @@ class Committed:
     scale: float = 1.0
     share: float = 1.0
     mass: float = 1.0
+    covers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +174,8 @@ class Barred:
 
 
 Record = (
-    Opened | Admitted | Departed | DatasetRegistered | StreamEnded | Leased | Released | LoopFounded | Committed
-    | Halted | Restored | Targeted | Reached | Barred
+    Opened | Admitted | Departed | DatasetRegistered | StreamEnded | Leased | Released | Paired | LoopFounded
+    | Committed | Halted | Restored | Targeted | Reached | Barred
 )  # fmt: skip
 RECORDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Record)}
 

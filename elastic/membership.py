@@ -33,6 +33,7 @@ from .journal import (
     Leased,
     LoopFounded,
     Opened,
+    Paired,
     Reached,
     Record,
     Released,
@@ -105,9 +106,9 @@ class Membership:
     rounds: Rounds
 
     def __init__(self, run: str, policy: RunPolicy, timeouts: Timeouts) -> None:
-        self._timeouts = timeouts
+        self._policy, self._timeouts = policy, timeouts
         self._roster = Roster(run, self._apply)
-        self._leasing = Leasing(self._roster, timeouts, lambda: self.rounds.proposals())
+        self._leasing = Leasing(self._roster, timeouts, lambda: self.rounds.proposals(), policy.redundancy)
         self.outer = OuterLoops(self._roster, timeouts, run=self)
         self.rounds = self.outer.rounds = Rounds(
             self._roster,
@@ -162,6 +163,8 @@ class Membership:
             member.last_heard = now
         self._last_tick = now
         self._roster.returning = dict.fromkeys(self.members, math.inf)
+        for name in self.members:  # who came by without a place among twins: the policy may be new
+            self._leasing.admitted(name)
         self._leasing.find_orphans(now)
         self._roster.emit("coordinator.started", generation=self.generation, members=len(self.members))
         return self._roster.take()
@@ -432,7 +435,8 @@ class Membership:
             case LinkLost():
                 self._link_lost(name, message.failure, now)
             case Enter():
-                self.outer.enter(name, message, now)
+                if self._suits_twins(name, message):
+                    self.outer.enter(name, message, now)
                 self._leasing.find_orphans(now)  # a checkpoint brings its own leases
             case Applied():
                 if self.outer.applied(name, message, now):
@@ -448,6 +452,15 @@ class Membership:
                 self._leasing.lease(name, message)
             case Leave():
                 self._depart(name, message.reason, now, event="peer.left", release=True)
+
+    def _suits_twins(self, name: str, message: Enter) -> bool:
+        """Twins stand in for one another in all that their samples have taught them: that is one loop's round."""
+        if self._policy.redundancy == 1 or (message.spec.fragments == 1 and self.loops.keys() <= {message.tag}):
+            return True
+        reason = f"{message.tag}: this run has redundancy {self._policy.redundancy}, for which a peer may be in one"
+        reason += " outer loop, of one fragment: use fragments=1 and one tag, or a coordinator without --redundancy"
+        self._roster.refuse(name, message, "ConfigurationError", reason, tag=message.tag)
+        return False
 
     def _tell_if_over(self) -> None:
         progress = self.progress
@@ -467,7 +480,7 @@ class Membership:
                 self.members.pop(record.name, None)
                 self.retired[record.incarnation] = record.reason
                 self._roster.epoch += 1
-            case DatasetRegistered() | StreamEnded() | Leased() | Released():
+            case DatasetRegistered() | StreamEnded() | Leased() | Released() | Paired():
                 self._leasing.apply(record)
             case LoopFounded():
                 self.outer.apply_founded(record)
@@ -506,7 +519,7 @@ class Membership:
         self._roster.epoch = max(self.epoch, state.epoch)
         self.serial = max(self.serial, state.serial) + 1
         self.tokens, self.elapsed = state.tokens, max(self.elapsed, state.elapsed)
-        self._leasing.apply_restored(state.data)
+        self._leasing.apply_restored(state.data, state.teams)
         self.outer.apply_restored(state.loops)
         self.rounds.restart(loop.tag for loop in state.loops)
 
@@ -521,6 +534,7 @@ class Membership:
             tokens=self.tokens,
             elapsed=self.elapsed,
             loops=self.outer.states(),
+            teams=dict(sorted(self._leasing.twins.teams.items())),
             **data,
         )
 

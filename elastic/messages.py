@@ -295,7 +295,8 @@ class LeaseRequest(Message):
 
     samples: STREAM if nobody knows; 0: hand all back. holding: shards that this incarnation still works on.
     ends: of a stream, how many samples each epoch had whose end this incarnation has reached.
-    sequence: this incarnation's own count of such questions; the answer carries it.
+    sequence: this incarnation's own count of such questions; the answer carries it. more: whether it should get one
+    more, if it has begun on all that it has; else it only asks where those stand.
     """
 
     samples: int
@@ -305,6 +306,7 @@ class LeaseRequest(Message):
     holding: tuple[int, ...] = ()
     sequence: int = 0
     ends: dict[int, int] = field(default_factory=dict)
+    more: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -466,7 +468,8 @@ class Commit(Message):
     skipped: nobody contributed; nothing changes. version: of the fragment once this is applied (-1: plain operation).
     base_hash: of the version that it leads on from. state: the run state as of this commit, encoded (RunState).
     scale: mean length of the contributions, where they were sent as directions. share: which part of those who train
-    has contributed. mass: the contributors' weights, over the number of those who train.
+    has contributed. mass: the contributors' weights, over the number of those who train; twins are one of them.
+    covers: twins of contributors. They have read the same samples, and the round counts as theirs, too.
     """
 
     tag: str
@@ -484,6 +487,7 @@ class Commit(Message):
     scale: float = 1.0
     share: float = 1.0
     mass: float = 1.0
+    covers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -640,7 +644,8 @@ class StatusReport(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReport:
-    """A leased shard: who holds it ("": nobody now) and how many of its samples are committed."""
+    """A leased shard: who holds it ("": nobody now; of twins, the name of their team) and how many of its samples are
+    committed."""
 
     shard: int
     holder: str

@@ -152,7 +152,8 @@ class Recovery:
             more = tuple(shard for shard in memory.holding if shard >= state.data.next and shard not in taken)
             taken.update(more)
             if more and state.data.samples:
-                records.append(Leased(name=memory.member.name, shards=more))
+                team = state.teams.get(memory.member.name, memory.member.name)
+                records.append(Leased(name=team, shards=more))
         return records
 
     def _newest(self) -> RunState:

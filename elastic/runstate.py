@@ -57,7 +57,10 @@ class DataState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """As of one commit. serial counts the durable decisions of a run; elapsed: seconds that it has been served."""
+    """As of one commit. serial counts the durable decisions of a run; elapsed: seconds that it has been served.
+
+    teams: of twins, by the names of peers; shards are held by these (`DataState.holders`).
+    """
 
     run: str
     generation: int
@@ -67,6 +70,7 @@ class RunState:
     elapsed: float
     loops: tuple[LoopState, ...]
     data: DataState = field(default_factory=DataState)
+    teams: dict[str, str] = field(default_factory=dict)
 
     def loop(self, tag: str) -> LoopState | None:
         return next((loop for loop in self.loops if loop.tag == tag), None)

@@ -426,7 +426,7 @@ class OuterLoop:
         self.replica.stepped(tokens)
         if self.peer.spoiled:
             self._settle()
-            self._reset()
+            self._drop_spoiled()
         self._receive(not self.peer.whole or self._sitting_out == self.version.number)
         self.peer.report(step=self.steps, state="training", steps_per_second=self.pace.steps_per_second)
         self._listen()
@@ -450,7 +450,8 @@ class OuterLoop:
 
         So it offers what it has for the next one at once, if it need not stand still for that.
         """
-        followed = self.last_commit is not None and self.peer.name not in self.last_commit.contributors
+        last = self.last_commit
+        followed = last is not None and self.peer.name not in (*last.contributors, *last.covers)
         return followed and self.replica.rule.delay != 0 and 2 * self.pace.step_seconds > self.pace.round_seconds
 
     def _moment(self) -> Moment:
@@ -703,7 +704,8 @@ class OuterLoop:
         if not outcome.counted:
             flight = self.replica.flight
             self.replica.abort()
-            self._catch_up(commit, flight.payload if flight else None)
+            held = exchange.result if exchange.done_digest == commit.digest else None
+            self._catch_up(commit, held, flight.payload if flight else None)
             return
         self._count(exchange.proposal)
         self._counts["contributed"] += 1
@@ -719,10 +721,10 @@ class OuterLoop:
         self._uncounted -= proposal.tokens
         self.peer.committed(proposal.cursors)
 
-    def _catch_up(self, commit: Commit, offered: torch.Tensor | None = None) -> None:
+    def _catch_up(self, commit: Commit, held: torch.Tensor | None = None, offered: torch.Tensor | None = None) -> None:
         """A round was committed without this peer's contribution, or while it was not waiting for the outcome.
 
-        offered: what it would have contributed.
+        held: its result, if this peer has it as a receiver. offered: what it would have contributed.
         """
         if commit.round <= self._last_round():
             return
@@ -730,20 +732,25 @@ class OuterLoop:
             if commit.version == self.version.number:
                 self._note(commit)
         elif commit.version == self.version.number + 1 and commit.base_hash in ("", self.version.state_hash):
-            self._follow(commit, offered)
+            self._follow(commit, held, offered)
         elif commit.version > self.version.number:
             self._fetch_and_start_over()
 
-    def _follow(self, commit: Commit, offered: torch.Tensor | None = None) -> None:
-        """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round."""
+    def _follow(self, commit: Commit, held: torch.Tensor | None = None, offered: torch.Tensor | None = None) -> None:
+        """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round.
+
+        If the contribution of a twin is in it, that stands for this peer's: what is left is what the twin has left.
+        """
         named = self.peer.name in commit.contributors
         doubt = next((each for each in self._doubts if named and each.digest == commit.digest), None)
-        mean = doubt.result if doubt else self._pull(commit)
+        mean = doubt.result if doubt else held if held is not None else self._pull(commit)
         if mean is None:
             self._fetch_and_start_over()
             return
         if offered is not None and offered.shape == mean.shape:  # what is not taken is judged all the same
             self.peer.telemetry.contributed(self.tag, commit.version, offered, mean, 0.0)
+        if self.peer.name in commit.covers:
+            self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
         place = self.replica.places[self.version.next]
         self._advance(commit, mean, counted=False)
         if doubt:  # it was counted after all: only what has been learned since is left
@@ -764,6 +771,9 @@ class OuterLoop:
         self._state, self._led_by = commit.state, commit.digest
         if counted:
             self.replica.land(mean, counted=True, facts=facts, travelled=travelled)
+        elif self.peer.name in commit.covers:
+            self.replica.cover(mean, facts=facts)
+            self._uncounted = 0.0
         else:
             self.replica.follow(mean, facts=facts)
             self.replica.since = 0
@@ -781,12 +791,20 @@ class OuterLoop:
         """What a checkpoint keeps of this peer's place, beside its inner optimizer."""
         return {"steps": self.steps}
 
-    def _reset(self) -> None:
+    def _reset(self, *, rewarm: bool = True) -> None:
         self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
         self.replica.reset()
-        self.joining.rewarm()
+        if rewarm:
+            self.joining.rewarm()
         self._uncounted = 0.0
         self._doubts.clear()
+
+    def _drop_spoiled(self) -> None:
+        """Samples that are not this peer's to count were under way when it learned that; or its twin's round was."""
+        self._listen()
+        if self.peer.spoiled:
+            last = self.last_commit
+            self._reset(rewarm=last is None or self.peer.name not in last.covers)
 
     def _note(self, commit: Commit) -> None:
         self.pace.round_over()
@@ -798,6 +816,7 @@ class OuterLoop:
             round=commit.round,
             version=self.version.number,
             contributed=self.peer.name in commit.contributors,
+            covered=self.peer.name in commit.covers,
             state_hash=self.version.state_hash,
         )
 

@@ -109,6 +109,18 @@ class Replica:
         self.load_outer()
         self.since = 0
 
+    def cover(self, mean: torch.Tensor, *, facts: Facts = PLAIN) -> None:
+        """A round was committed with the contribution of this peer's twin, on the samples that this one has read, too.
+
+        The model takes the outer parameters, as a contributor's would; what was learned from those samples is dropped.
+        What a lossy wire has kept back of earlier contributions is still owed.
+        """
+        self._advance(self.state.next, mean, facts)
+        residuals = [place.residual for place in self.places]
+        self.reset()
+        for place, residual in zip(self.places, residuals, strict=True):
+            place.residual = residual
+
     def load_outer(self) -> None:
         """The outer parameters into the model."""
         for f, version in enumerate(self.state.parts):

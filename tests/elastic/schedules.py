@@ -187,6 +187,7 @@ COMMON = [
 ]
 
 HOSTS = 4  # coordinators in one run
+TWINS = RunPolicy(redundancy=2)
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,8 @@ SCENARIOS = {
         Scenario("short stream", data=SimData(epochs=2, stream=18), often=("train",)),
         Scenario("long stream", "ab", warm=False, data=SimData(epochs=2, stream=31), ahead=3, often=("train", "turn")),
         Scenario("sites", "abcd", data=SimData(epochs=2), trouble=("sites",), often=("train", "life")),
+        Scenario("twins", "abcd", policy=TWINS, data=SimData(epochs=2), ahead=1, often=("train", "turn")),
+        Scenario("twin streams", "abc", policy=TWINS, data=SimData(epochs=2, stream=31), often=("train", "turn")),
         Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),
@@ -240,6 +243,9 @@ SCENARIOS = {
             often=("turns", "life", "spoil", "calm"),
         ),
         Scenario("all at once", "abcd", trouble=("drift", "black out", "rivals"), often=("turns", "save")),
+        Scenario(
+            "twins and all", "abcd", policy=TWINS, trouble=("drift", "black out", "rivals"), often=("turns", "save")
+        ),
     )
 }
 

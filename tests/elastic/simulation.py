@@ -96,7 +96,7 @@ def timeless(state: RunState) -> str:
     """A run state without what a restart may change, as comparable text."""
     loops = sorted((loop.tag, loop.spec, loop.rounds, sorted(loop.versions.items())) for loop in state.loops)
     data = replace(state.data, cursors={}, holders={})
-    shards = (sorted(state.data.cursors.items()), sorted(state.data.holders.items()))
+    shards = (sorted(state.data.cursors.items()), sorted(state.data.holders.items()), sorted(state.teams.items()))
     return repr((state.run, state.serial, state.tokens, loops, data, shards))
 
 
@@ -129,7 +129,7 @@ def durable(membership: Membership) -> str:
                for tag, loop in membership.loops.items()),
         table and (sorted(table.holders.items()), sorted(table.cursors.items()), sorted(table.free), table.next,
                    table.committed),
-        membership.tokens, membership.epoch, membership.serial,
+        sorted(membership.state().teams.items()), membership.tokens, membership.epoch, membership.serial,
     ))  # fmt: skip
 
 
@@ -186,8 +186,10 @@ class SimPeer:
         disk: Checkpoint | None = None,
         data: SimData | None = None,
         ahead: int = 0,
+        twinned: bool = False,
+        site: str = "here",
     ) -> None:
-        self.host, self.hidden, self.disk = host, hidden, disk
+        self.host, self.hidden, self.disk, self.twinned, self.site = host, hidden, disk, twinned, site
         self.data, self.ahead = data or SimData(), ahead
         self.sole = True  # there was one coordinator only, with its journal, and it has gone back to no checkpoint
         self.name, self.incarnation, self.generation = name, incarnation, 0
@@ -242,7 +244,7 @@ class SimPeer:
 
     def join(self, *, recall: bool = False) -> None:
         memory = {"view": self.view, "state": self.knows, "holding": self.reader.holding} if recall else {}
-        self.say(Join, member=self.member, site="here", commits=tuple(self.notes), tested=self.tested, **memory)
+        self.say(Join, member=self.member, site=self.site, commits=tuple(self.notes), tested=self.tested, **memory)
 
     def enter(self) -> None:
         if self.mode == "out":
@@ -257,11 +259,11 @@ class SimPeer:
         held = [each for each in (self.disk, self.saved.get(self.version)) if each]
         return max(held, key=lambda each: each.order, default=None)
 
-    def lease(self) -> None:
+    def lease(self, *, more: bool = True) -> None:
         self.questions += 1
         layout = self.data.layout
         self.say(LeaseRequest, samples=layout.samples, shard_size=layout.shard_size, seed=layout.seed, ends=self.ends,
-                 epochs=self.data.epochs, holding=self.reader.holding, sequence=self.questions)  # fmt: skip
+                 epochs=self.data.epochs, holding=self.reader.holding, sequence=self.questions, more=more)  # fmt: skip
 
     def read(self, count: int) -> None:
         """Hands out a batch, and steps the oldest if the loader is far enough ahead, or the end of the data is near."""
@@ -517,6 +519,10 @@ class SimPeer:
         if self.name in commit.contributors and commit.digest in self.doubts:
             self._consume(self.doubts[commit.digest])
         self.doubts.clear()
+        if self.name in commit.covers:  # what its twin has read counts for both
+            assert self.name not in commit.contributors
+            self.learned.clear()
+            self._ask_where()
         self.before, self.last = self.states[self.version], commit.digest
         state = digest_of(self.before, commit.digest)
         if self.corrupt:
@@ -601,7 +607,7 @@ class SimPeer:
 
     def _ask_where(self) -> None:
         """Nothing is read until it is known from where."""
-        self.lease()
+        self.lease(more=False)
         self.rewinds_to = self.questions
 
     def _leases(self, message: Leases) -> None:
@@ -609,13 +615,19 @@ class SimPeer:
             return
         assert all(self.reader.end(epoch, samples) for epoch, samples in message.ends.items())
         lost = self.reader.unfinished() - message.shards.keys()
-        assert not (lost and self.sole), "a living peer has lost a shard"
+        assert not (lost and self.sole) or self._are_read(lost), "a living peer has lost a shard"
         self.reader.retain(message.shards.keys() | (set(self.reader) - self.reader.unfinished()))
         if self.rewinds_to:
             self.rewinds_to = 0
             self.reader.rewind(message.shards)
         self.reader.add(message.shards)
         self._drop_what_is_spoiled()
+
+    def _are_read(self, shards: set[int]) -> bool:
+        """Whether a twin has read them to their end, and the run has counted that."""
+        assert self.host is not None
+        sizes = {shard: self.reader.layout.size(shard, self.reader.ends) for shard in shards}
+        return self.twinned and all(self.host.ledger.cursors[shard] == size for shard, size in sizes.items())
 
     def _drop_what_is_spoiled(self) -> None:
         """What it has learned from others' samples is not its to give."""
@@ -1030,6 +1042,7 @@ class World:
                 if any(not other.lost and other.ledger.generation > ledger.generation for other in self.hosts):
                     self.seen.add("went on beside a higher line")
                 ledger.committed(record, {s.member.incarnation for s in host.membership.members.values()})
+                self._look_at_twins(record, host)
             case Departed():
                 ledger.departed(record, self.now)
                 ledger.offers.pop(record.incarnation, None)
@@ -1041,6 +1054,14 @@ class World:
                 ledger.halt(record)
             case Restored():
                 self._restored(record, host)
+
+    def _look_at_twins(self, record: Committed, host: Host) -> None:
+        assert host.membership is not None
+        assert not {*record.covers} & {*record.contributors}
+        if record.covers:
+            start = host.ledger.attempt(host.ledger.generation, record.tag, record.round, record.attempt)
+            both = {member.name for member in start.receivers} & {*record.covers}
+            self.seen.add("both twins had proposed" if both else "one twin had proposed")
 
     def _restored(self, record: Restored, host: Host) -> None:
         order = order_of(record.state)
@@ -1072,6 +1093,7 @@ class World:
         message = effect.message
         if isinstance(message, Begin):
             host.ledger.started(message.start)
+            self._check_one_of_twins(message.start, host)
         if isinstance(message, Commit) and message.tag != OUTER:
             host.ledger.plain(message)
         if isinstance(message, (Commit, Base)) and message.state:
@@ -1080,6 +1102,14 @@ class World:
         peer = self.peers.get(effect.incarnation)
         if peer is not None and peer.host is host:
             host.down[effect.incarnation].append(message)
+
+    def _check_one_of_twins(self, start: Start, host: Host) -> None:
+        """No two peers that read the same shards contribute to one round."""
+        assert host.membership is not None
+        if start.tag == OUTER and host.membership.table:
+            names = [member.name for member in start.contributors]
+            teams = host.membership.state().teams
+            assert len({teams.get(name, name) for name in names}) == len(names), f"twins are both in {names}: {teams}"
 
     def tick(self, seconds: float = 1.0) -> None:
         """Time passes; longer than a heartbeat means that the coordinators themselves stood still."""
@@ -1170,12 +1200,12 @@ class World:
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
-    def start(self, name: str) -> SimPeer:
+    def start(self, name: str, site: str = "here") -> SimPeer:
         """A new life of this name; an older one may still be running."""
         hidden = self.hide and name in HIDDEN
         peer = SimPeer(
             name, 1000 + len(self.peers), host=self.host, hidden=hidden, disk=self.disk.get(name), data=self.data,
-            ahead=self.ahead,
+            ahead=self.ahead, twinned=self.policy.redundancy > 1, site=site,
         )  # fmt: skip
         self.peers[peer.incarnation] = peer
         peer.sole = len(self.hosts) == 1

@@ -28,12 +28,14 @@ LINES = (Path(__file__).parent / "regressions.txt").read_text().splitlines()
 REGRESSIONS = [line for line in LINES if line.strip() and not line.startswith("#")]
 USUAL = {"cold": 200, "warm": 200, "eager": 60, "patient": 60, "hidden": 200,
          "two epochs": 120, "short stream": 80, "long stream": 80, "sites": 100, "drift": 150, "black out": 120,
-         "rivals": 150, "all at once": 120, "faults": 150}  # fmt: skip
+         "rivals": 150, "all at once": 120, "faults": 150, "twins": 150, "twin streams": 80,
+         "twins and all": 120}  # fmt: skip
 SEEN = {
     "cold": {"loop.founded", "peer.evicted", "run.rolled_back"},
     "warm": {"round.shrunk", "round.aborted", "link.cut", "peer.recovered", "run.rolled_back"},
     "hidden": {"direct sum", "ring sum", "tree sum", "tree broadcast", "direct all_gather"},
     "sites": {"vacancy.filled", "vacancy.closed", "shard.reassigned"},
+    "twins": {"peer.paired", "both twins had proposed", "one twin had proposed", "round.shrunk", "run.rolled_back"},
     "drift": {"parity.mismatch", "parity.undecided", "parity.voided"},
     "faults": {"peer.quarantined", "peer.left_out", "peer.taken_back", "peer.trusted"},
     "black out": {"run.resumed", "run.rolled_back"},
