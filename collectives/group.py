@@ -58,7 +58,8 @@ class LinkStatistics:
 
     shared: payloads that go out from here lie in memory shared with the peer. goodput: bytes/s acked while it was busy;
     rtt: seconds, the shortest lately; 0 until known. retransmits: packets sent again. redialled: stripes that were
-    replaced because they were slow. congestion_control: of the stripes, those that differ joined by "/".
+    replaced because they were slow. slowest, fastest: of its stripes, bytes/s that they can carry; 0 until known, which
+    they are on long paths only. congestion_control: of the stripes, those that differ joined by "/".
     """
 
     peer: str
@@ -75,6 +76,8 @@ class LinkStatistics:
     rtt: float = 0.0
     retransmits: int = 0
     redialled: int = 0
+    slowest: float = 0.0
+    fastest: float = 0.0
     congestion_control: str = ""
 
 
@@ -806,6 +809,7 @@ def _as_array(tensor: torch.Tensor, dtype: str) -> Array:
 
 def _link_statistics(link: Link) -> LinkStatistics:
     stripes = (*link.stripes, *link.retired)
+    rates = [stripe.rate for stripe in link.stripes if stripe.rate and not stripe.retiring]
     return LinkStatistics(
         peer=link.member.name,
         incarnation=link.member.incarnation,
@@ -821,6 +825,8 @@ def _link_statistics(link: Link) -> LinkStatistics:
         rtt=link.care.gauge.rtt,
         retransmits=link.retransmits,
         redialled=link.care.redialled,
+        slowest=min(rates, default=0.0),
+        fastest=max(rates, default=0.0),
         congestion_control=link.congestion_control,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgpack
 
 from collectives.records import Abort, LinkFailure, Member, Start, Underway, WireRun
-from fault.records import Crossing, Gave, Health, Trainer
+from fault.records import Crossing, Exchanged, Gave, Health, Trainer
 
 PROTOCOL = 1
 MAX_MESSAGE_BYTES = 4 << 20
@@ -81,13 +81,20 @@ class CommitNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkReport:
-    """One link as its peer measures it now. goodput: bytes/s sent while busy; rtt: seconds; 0.0: not known yet."""
+    """One link as its peer measures it now. goodput: bytes/s sent while busy; rtt: seconds; 0.0: not known yet.
+
+    slowest, fastest: of its stripes, bytes/s that they can carry; known of long paths only. redialled: stripes that
+    were replaced because they were slow.
+    """
 
     peer: str
     goodput: float = 0.0
     rtt: float = 0.0
     retransmits: int = 0
     stripes: int = 0
+    slowest: float = 0.0
+    fastest: float = 0.0
+    redialled: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +102,7 @@ class PeerStatus:
     """How a peer is doing; rides on its heartbeats. Seconds and bytes; losses are NaN until there is one.
 
     held_out_loss: of the outer parameters on data that nobody trains on; a run may have a target for it.
-    steps_per_second: of inner steps, without waiting for rounds. trainer, health: see there.
+    steps_per_second: of inner steps, without waiting for rounds. trainer, exchanged, health: see there.
     """
 
     state: str = "idle"
@@ -108,6 +115,7 @@ class PeerStatus:
     bytes_received: int = 0
     links: tuple[LinkReport, ...] = ()
     trainer: Trainer = field(default_factory=Trainer)
+    exchanged: Exchanged = field(default_factory=Exchanged)
     health: Health = field(default_factory=Health)
 
 

@@ -1043,6 +1043,7 @@ class Peer:
             bytes_received=carried.bytes_received,
             links=tuple(_measured(link) for link in carried.links if link.state == "up"),
             trainer=self.telemetry.activity.trainer(),
+            exchanged=self.telemetry.exchanged,
             health=self.telemetry.vitals.look(),
         )
         return Heartbeat(
@@ -1266,6 +1267,9 @@ def _measured(link: LinkStatistics) -> LinkReport:
         rtt=link.rtt,
         retransmits=link.retransmits,
         stripes=link.stripes,
+        slowest=link.slowest,
+        fastest=link.fastest,
+        redialled=link.redialled,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from collectives.records import OperationRecord, Start
 from fault.gradients import cosine_to_others
-from fault.records import Crossing, Gave, Trainer
+from fault.records import Crossing, Exchanged, Gave, Trainer
 
 from .vitals import Vitals
 from .witness import BEAT, BYTES, EXCHANGES, STEPPED, Page, page_of
@@ -134,7 +134,7 @@ class Activity:
 class Telemetry:
     """Thread-safe. What has been taken for a heartbeat is forgotten: if that gets lost, so are a few measurements.
 
-    activity, vitals: what the peer is at, and how it is.
+    activity, vitals: what the peer is at, and how it is. exchanged: where the time of its attempts has gone.
     """
 
     def __init__(self) -> None:
@@ -144,10 +144,13 @@ class Telemetry:
         self._steps: deque[float] = deque(maxlen=MOST)
         self._gave: deque[Gave] = deque(maxlen=MOST)
         self._seconds, self._dropped = 0.0, 0
+        self.exchanged = Exchanged()
 
     def operated(self, record: OperationRecord) -> None:
         """An attempt has succeeded."""
         with self._accounted():
+            with self._lock:
+                self.exchanged = _added(self.exchanged, record)
             for link in record.links:
                 if link.own_bytes:
                     crossing = Crossing(peer=link.peer, bytes=link.own_bytes, seconds=link.own_seconds)
@@ -194,6 +197,17 @@ class Telemetry:
         began = time.thread_time()
         yield
         self._seconds += time.thread_time() - began
+
+
+def _added(sums: Exchanged, record: OperationRecord) -> Exchanged:
+    return Exchanged(
+        attempts=sums.attempts + 1,
+        seconds=sums.seconds + record.seconds,
+        ready_seconds=sums.ready_seconds + record.wait_ready_seconds,
+        reduce_seconds=sums.reduce_seconds + record.reduce_seconds,
+        blocked_seconds=sums.blocked_seconds + sum(link.send_blocked_seconds for link in record.links),
+        data_seconds=sums.data_seconds + max((link.waited_seconds for link in record.links), default=0.0),
+    )
 
 
 def share_of(start: Start, name: str) -> float:

@@ -47,6 +47,23 @@ class Trainer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanged:
+    """Where the time of a peer's exchanges has gone, those of this life together; seconds of its own clock.
+
+    attempts: that succeeded. ready_seconds: from when it had entered until everyone had. reduce_seconds: of summing.
+    blocked_seconds: of its senders, most of it waiting for the kernel. data_seconds: of waiting for the slowest link,
+    from when everyone was ready.
+    """
+
+    attempts: int = 0
+    seconds: float = 0.0
+    ready_seconds: float = 0.0
+    reduce_seconds: float = 0.0
+    blocked_seconds: float = 0.0
+    data_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """How the process and its machine are. 0: not known.
 

@@ -147,3 +147,19 @@ def test_a_peer_whose_numbers_are_none_is_named_at_once(run: Run) -> None:
     watch(run, 3, act)
     assert {(e["kind"], *e["culprits"]) for e in anomalies(run)} == {("bad gradient", "p0")}
     assert anomalies(run)[0]["evidence"]["not_finite"] == 1.0
+
+
+def test_heartbeats_say_where_the_time_of_exchanges_goes(run: Run) -> None:
+    peers = run.several(2)
+    for _ in range(3):
+        run.together(lambda peer: peer.all_reduce(torch.ones(1 << 20), tag="sum"))
+    assert run.coordinator is not None
+    coordinator = run.coordinator
+
+    def exchanged() -> list[Any]:
+        return [member.status.exchanged for member in coordinator.status().members]
+
+    until(lambda: all(each.attempts == 3 for each in exchanged()))
+    for each, peer in zip(exchanged(), peers, strict=True):
+        assert each == peer.telemetry.exchanged
+        assert 0 < each.ready_seconds + each.data_seconds <= each.seconds and each.reduce_seconds > 0
