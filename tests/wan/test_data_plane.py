@@ -257,6 +257,7 @@ def test_stripes_become_more_on_a_lossy_path() -> None:
         assert min(link.stripes for link in links) > FIRST
         assert {link.congestion_control for link in links} == {"cubic"}
         assert all(link.goodput > 0 and 0.09 < link.rtt < 0.15 for link in links), links
+        assert all(0 < link.slowest <= link.fastest < 1e10 for link in links), links
         assert sum(link.retransmits for link in links) > 0
 
 
