@@ -116,7 +116,7 @@ class Gradients:
     """Rounds in, what is confirmed out. bad: by peer, with since when; numbers that are none at once."""
 
     def __init__(self, *, rounds: int = 2) -> None:
-        self._persisting: Persisting[tuple[str, str], Bad] = Persisting(rounds)
+        self._persisting: Persisting[tuple[str, str], Bad] = Persisting(rounds, unseen=PAST)
         self.bad: dict[str, tuple[Bad, float]] = {}
         self._past: dict[str, deque[float]] = {}
 

@@ -29,13 +29,15 @@ class Patience:
 
 
 class Persisting(Generic[Key, Value]):
-    """Found in `windows` looks running, for `lasting` seconds: confirmed; missing in as many: cleared.
+    """Found in `windows` looks running, for `lasting` seconds: confirmed; missing in as many: cleared. unseen: how many
+    running may show nothing of it, either way; by default, fewer than `windows`.
 
     confirmed: by key, what was found last, and when it was first found, in that streak.
     """
 
-    def __init__(self, windows: int, lasting: float = 0.0) -> None:
+    def __init__(self, windows: int, lasting: float = 0.0, *, unseen: int | None = None) -> None:
         self._windows, self._lasting = windows, lasting
+        self._most_unseen = windows - 1 if unseen is None else unseen
         self._streaks: dict[Key, tuple[int, float]] = {}
         self._missing: dict[Key, int] = {}
         self._unseen: dict[Key, int] = {}
@@ -43,10 +45,10 @@ class Persisting(Generic[Key, Value]):
 
     def window(self, found: Mapping[Key, Value], at: float, unseen: Callable[[Key], bool] = lambda key: False) -> None:
         """One more look. at: when what was looked at began. unseen: whether nothing was to be seen of this key: then
-        nothing changes for it, fewer than `windows` times in a row."""
+        nothing changes for it, for a while."""
         before = self._streaks
         waiting = {key: self._unseen.get(key, 0) + 1 for key in before.keys() - found.keys() if unseen(key)}
-        self._unseen = {key: times for key, times in waiting.items() if times < self._windows}
+        self._unseen = {key: times for key, times in waiting.items() if times <= self._most_unseen}
         self._streaks = {key: (before[key][0] + 1, before[key][1]) if key in before else (1, at) for key in found}
         self._streaks |= {key: before[key] for key in self._unseen}
         for key, (count, since) in self._streaks.items():

@@ -148,8 +148,9 @@ def test_rounds_that_a_peer_sits_out_are_neither_good_nor_bad() -> None:
     for number in range(2):
         gradients.round({**well, "d": Contribution(norm=math.nan, cosine=0.0)}, float(number))
         assert gradients.bad["d"][0].rounds == number + 1
-        gradients.round(well, number + 0.5)
-        assert gradients.bad["d"][0].rounds == number + 1, "it has not been seen well since"
+        for part in range(1, 6):
+            gradients.round(well, number + 0.1 * part)
+            assert gradients.bad["d"][0].rounds == number + 1, "it has not been seen well since"
     for number in range(2):
         assert "d" in gradients.bad
         gradients.round({**well, "d": Contribution(norm=1.0, cosine=0.5)}, 3.0 + number)
