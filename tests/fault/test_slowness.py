@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fault.delays import Matrix, Slow, slow_parts
@@ -62,6 +62,7 @@ def test_two_faults_at_once_are_told_apart() -> None:
     assert said(slow_parts(logs, names(8))) == {("sender", ("p1",)), ("link", ("p4", "p6"))}
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), n=st.integers(3, 9), scale=st.floats(-20, 20))
 def test_neither_the_order_of_names_nor_a_common_factor_matters(seed: int, kind: str, n: int, scale: float) -> None:
     chance = np.random.default_rng(seed)
@@ -287,3 +288,14 @@ def test_hysteresis(found: list[bool], windows: int) -> None:
             assert persisting.confirmed["x"] == (at, at - windows + 1)
         confirmed = confirmed and misses < windows
         assert ("x" in persisting.confirmed) == confirmed
+
+
+@pytest.mark.parametrize(
+    ("found", "confirmed"), [("xx.xx", True), ("xx..xxx", False), ("x.x.x", False), ("xxx", False)]
+)
+def test_what_must_last_may_be_missed_once(found: str, confirmed: bool) -> None:
+    persisting: Persisting[str, int] = Persisting(3, 4.0)
+    for at, hit in enumerate(found):
+        persisting.window({"x": at} if hit == "x" else {}, float(at))
+    assert ("x" in persisting.confirmed) == confirmed
+    assert not confirmed or persisting.confirmed["x"][1] == 0.0
