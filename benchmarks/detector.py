@@ -45,7 +45,7 @@ Matrix = NDArray[np.float64]
 
 KINDS = (SENDER, RECEIVER, LINK, STRAGGLER, GRADIENT)
 TWO, ANY_TWO = "two delays", "any two"
-HEALTHY, FAULTY = 12, 12  # windows of a trial before and after the fault
+HEALTHY, FAULTY = 30, 12  # windows of a trial before and after the fault: a whole past, and time enough
 BYTES = 1 << 20
 BETWEEN = 1.0  # log-deviation of usual delays between pairs
 STEP = 0.1  # usual seconds
@@ -323,6 +323,8 @@ def told(what: str, found: Counter[str], hours: float) -> str:
 def days(arguments: argparse.Namespace, chance: np.random.Generator) -> Iterator[tuple[str, Counter[str], float]]:
     """What each is, its alarms, and hours."""
     hours = 0.2 if arguments.quick else arguments.hours
+    if not hours:
+        return
     for n in (4,) if arguments.quick else (4, 16):
         weather = Weather(n, chance)
         yield f"synthetic day, {n} peers", alarms(weather.window() for _ in range(round(hours * 3600))), hours
@@ -336,15 +338,17 @@ def days(arguments: argparse.Namespace, chance: np.random.Generator) -> Iterator
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def cases(quick: bool) -> Iterable[tuple[int, float, float]]:
-    if quick:
+def cases(arguments: argparse.Namespace) -> Iterable[tuple[int, float, float]]:
+    if arguments.quick:
         return [(4, 0.1, 3.0), GATE]
-    return [(n, sigma, factor) for n in (4, 8, 16, 64) for sigma in (0.1, 0.2) for factor in (2.0, 3.0)]
+    peers = [int(each) for each in arguments.peers.split(",")]
+    return [(n, sigma, factor) for n in peers for sigma in (0.1, 0.2) for factor in (2.0, 3.0)]
 
 
 def main() -> None:
     parser = common.parser(__doc__, repeat=None)
     parser.add_argument("--trials", type=int, default=200, help="of each row; a tenth of it for n = 64")
+    parser.add_argument("--peers", default="4,8,16,64", help="default 4,8,16,64")
     parser.add_argument("--clean", type=int, default=CLEAN, help="windows without a fault")
     parser.add_argument("--hours", type=float, default=24.0, help="of clean days (default 24)")
     parser.add_argument(
@@ -362,7 +366,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     chance = np.random.default_rng(arguments.seed)
     columns = ("peers", "sigma", "factor", "fault", "recall", "precision", "windows to verdict")
     report, failed = Report("detector", "Faults, planted into telemetry", columns), list[str]()
-    for n, sigma, factor in cases(arguments.quick) if arguments.trials else ():
+    for n, sigma, factor in cases(arguments) if arguments.trials else ():
         for kind in (*KINDS, TWO, ANY_TWO):
             tally = planted(n, sigma, factor, kind, arguments, chance)
             report.add(_row(n, sigma, factor, kind, tally), recall=tally.recall, precision=tally.precision)

@@ -79,8 +79,8 @@ class Slowness:
         found = _slow(judged, names)
         if not found:
             return ()
-        common = statistics.median_low(_more(*each) for each in judged.values())
-        allowed = FACTOR * max(0.0, common)
+        more = sorted(_more(*each) for each in judged.values())
+        allowed = FACTOR * max(0.0, more[len(more) // 4])  # what three in four have; two slow peers of four are half
         less = {pair: ((b, _less(s, allowed)), before) for pair, ((b, s), before) in judged.items()}
         still = {(slow.kind, slow.culprits) for slow in _slow(less, names, least=0.0)}
         return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)

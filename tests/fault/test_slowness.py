@@ -288,3 +288,14 @@ def test_hysteresis(found: list[bool], windows: int) -> None:
             assert persisting.confirmed["x"] == (at, at - windows + 1)
         confirmed = confirmed and misses < windows
         assert ("x" in persisting.confirmed) == confirmed
+
+
+@pytest.mark.parametrize(
+    ("found", "confirmed"), [("xx.xx", True), ("xx..xxx", False), ("x.x.x", False), ("xxx", False)]
+)
+def test_what_must_last_may_be_missed_once(found: str, confirmed: bool) -> None:
+    persisting: Persisting[str, int] = Persisting(3, 4.0)
+    for at, hit in enumerate(found):
+        persisting.window({"x": at} if hit == "x" else {}, float(at))
+    assert ("x" in persisting.confirmed) == confirmed
+    assert not confirmed or persisting.confirmed["x"][1] == 0.0
