@@ -185,7 +185,7 @@ class Crew:
         self.place = dict(zip(NAMES, places, strict=False))
         self.peers = {name: self._hire(name, place) for name, place in self.place.items()}
         self._spare_place = places[len(NAMES)]
-        self._spare = self._hire("spare", self._spare_place)
+        self._spare, self._prepared = self._hire("spare", self._spare_place), False
 
     def _hire(self, name: str, place: Place) -> Worker:
         worker = Worker(name, place.launch, DEV if self.wan else "lo", "benchmarks.victim")
@@ -209,13 +209,19 @@ class Crew:
         host = self.place[name].host
         self.peers[name].tell(do="train", name=name, host=host, coordinator=self._address, peers=peers, **order)
 
+    def await_spare(self) -> None:
+        """Until it is prepared; its start is a disturbance of all who share its cores."""
+        if not self._prepared:
+            self._spare.hear()
+        self._prepared = True
+
     def replace(self, name: str) -> None:
         """The spare becomes this peer; the next one begins to wait where this one was."""
-        self._spare.hear()  # it is prepared
+        self.await_spare()
         self.peers[name].kill()
         self.peers[name], self.place[name], place = self._spare, self._spare_place, self.place[name]
         self._train(name, 1)
-        self._spare, self._spare_place = self._hire("spare", place), place
+        self._spare, self._spare_place, self._prepared = self._hire("spare", place), place, False
         self.peers[name].hear()
 
     def close(self) -> None:
@@ -462,6 +468,7 @@ def ended(crew: Crew, report: Report) -> list[str]:
 
 def clean(crew: Crew, report: Report, arguments: argparse.Namespace) -> list[str]:
     """Nothing is injected; every verdict is false."""
+    crew.await_spare()
     crew.settle(2)
     began = time.monotonic()
     crew.watch.until(lambda: False, arguments.clean)

@@ -121,8 +121,8 @@ def faults(
 ) -> None:
     """Faults befall a run of four peers: are they named, is it the right culprit, how long does it take?
 
-    Five sites of an emulated WAN; needs root and /dev/net/tun, or --loopback. Compute is a timed wait. Takes about
-    3 minutes for each turn of --repeat.
+    Five sites of an emulated WAN; needs root and /dev/net/tun, or --loopback. Compute is a timed wait. Takes some
+    4 minutes for each turn of --repeat.
     """
     words = ["--repeat", str(repeat), "--size", f"{size:g}", "--cc", cc]
     words += ["--goodput", "--seconds", f"{seconds:g}", "--every", f"{every:g}"] if goodput else []
