@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.wan.wan import CLONE_NEWNET
 from collectives.records import Done, Progress
-from elastic.config import RunPolicy, Timeouts
+from elastic.config import FaultPolicy, RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.errors import CoordinatorUnavailable, Evicted, NotEnoughPeers, RoundAborted
 from elastic.messages import Propose
@@ -266,7 +266,7 @@ def serve_coordinator(order: dict[str, Any]) -> None:
     coordinator = Coordinator(
         order["address"],
         run=RUN,
-        policy=RunPolicy(),
+        policy=RunPolicy(faults=FaultPolicy(flapping="observe")),  # they die again and again, on purpose
         timeouts=TIMEOUTS,
         journal=folder / "journal.sqlite",
         events=folder / "coordinator.jsonl",

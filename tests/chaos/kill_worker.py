@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_hexdigest
 
 from collectives import Progress
-from elastic.config import Timeouts
+from elastic.config import FaultPolicy, RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.peer import Peer
 
@@ -137,6 +137,8 @@ def serve_peer(name: str, life: int, address: str, board: MutableSequence[int], 
 
 def serve_coordinator(pipe: Connection) -> None:
     """The coordinator, in a process of its own, until the test says something."""
-    with Coordinator(run=RUN, timeouts=TIMEOUTS) as coordinator:
+    # the victims die again and again, on purpose
+    policy = RunPolicy(faults=FaultPolicy(flapping="observe"))
+    with Coordinator(run=RUN, timeouts=TIMEOUTS, policy=policy) as coordinator:
         pipe.send(coordinator.address)
         pipe.recv()
