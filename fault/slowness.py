@@ -66,7 +66,7 @@ class Slowness:
             return
         logs = {pair: _middle(values) for pair, values in self._now.items()}
         found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
-        self._persisting.window(found, self._began, unseen=lambda key: len(key[1]) == 2 and key[1] not in logs)
+        self._persisting.window(found, self._began, unseen=lambda key: _unseen(key, logs, found))
         self._learn(logs)
         self.windows += 1
         self._now.clear()
@@ -101,6 +101,12 @@ class Slowness:
             self._past.pop(pair, None)
             self._now.pop(pair, None)
         self._persisting.forget(lambda key: name in key[1])
+
+
+def _unseen(key: Culprit, logs: Mapping[Pair, Measured], found: Mapping[Culprit, Slow]) -> bool:
+    """Whether the window says nothing of this link: it was not used, or stood out with no other beside it."""
+    _, culprits = key
+    return len(culprits) == 2 and (culprits not in logs or ("ambiguous", culprits) in found)
 
 
 def _slow(

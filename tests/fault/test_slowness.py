@@ -265,6 +265,20 @@ def test_a_link_that_a_plan_spares_now_and_then_is_still_named() -> None:
         assert set(detector.slow) == ({("link", ("p2", "p0"))} if 14 <= window < 34 else set()), window
 
 
+def test_a_window_in_which_a_link_stood_out_alone_does_not_end_its_streak() -> None:
+    """The plan left one cell of its row: it was slow, and could as well have been its sender."""
+    detector = Slowness(Patience())
+    for window in range(20):
+        for s, d in permutations(range(4), 2):
+            alone = window in (12, 13)
+            slow = 3.0 if (s, d) == (2, 0) and window >= 10 else 1.0
+            if not alone or s != 2 or d == 0:
+                detector.observe(f"p{s}", f"p{d}", 1 << 20, 0.1 * slow, 2.0 * window)
+        detector.look(2.0 * window + 2.0)
+    assert set(detector.slow) == {("link", ("p2", "p0"))}
+    assert detector.slow["link", ("p2", "p0")][1] == 20.0, "since its first window"
+
+
 def test_windows_of_very_many_pairs_last_longer() -> None:
     detector = Slowness(Patience(pairs_per_second=4))
     for receiver in names(12):
