@@ -184,9 +184,9 @@ class FaultPolicy:
     self-test, and is trusted again after as long without a verdict. Quarantine `strikes` + 1 does not end: evict.
 
     slow: of senders, receivers and links. straggler: slow steps. hang: in and outside communication; slow or stuck
-    alone condemns nobody, so these go no further than "leave out": a life that hangs for `Timeouts.evict_after` ends,
-    and its next one is welcome. gradient, corrupt (frames that two others could not read), drifted (three times within
-    a minute), flapping: by peer.
+    alone condemns nobody, so these go no further than "leave out": a life that hangs ends when it has been left out for
+    `Timeouts.evict_after`, and its next one is welcome. gradient, corrupt (frames that two others could not read),
+    drifted (three times within a minute), flapping: by peer.
 
     Nobody is set aside or removed if fewer than `RunPolicy.min_peers` would be left, nor more than `most_out` of all.
     After a removal, none follows for `calm_seconds`: what remains of the same fault must have cleared by then.

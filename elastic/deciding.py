@@ -55,7 +55,7 @@ class Rounds:
 
     progress: how far the run is. evict: ends the membership of a name, for a reason, at a time.
     cuts: pairs of members that cannot talk, and until when that is believed. left_out: members that no round waits for.
-    spurned: whose contributions are not taken.
+    spurned: whose contributions are not taken; stuck: those of them for whom an exchange would stand still.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Rounds:
         self.cuts: dict[Pair, float] = {}
         self.left_out: Collection[str] = ()
         self.spurned: Collection[str] = ()
+        self.stuck: Collection[str] = ()
         self.routes = Routes()
         self._told: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._link_breaks: dict[Pair, int] = {}
@@ -234,7 +235,7 @@ class Rounds:
 
     def _expected(self, operation: Operation, now: float) -> set[str]:
         awaited = self._awaited(operation, now)
-        return awaited.difference(self.left_out) if operation.outer else awaited
+        return awaited.difference(self.left_out if operation.outer else self.stuck)
 
     def _awaited(self, operation: Operation, now: float) -> set[str]:
         awake = self._roster.awake()
@@ -249,7 +250,7 @@ class Rounds:
     def _consider_start(self, operation: Operation, now: float) -> None:
         expected = self._expected(operation, now)
         here = {name for name in operation.proposals if not self._roster.members[name].silent}
-        present = here.difference(self.spurned) if operation.outer else here
+        present = here.difference(self._not_taken(operation))
         disputed = operation.outer and self._outer.disputed(operation.tag, operation.fragment)
         if self._too_few(operation, present) or disputed:
             operation.opened_at = None
@@ -268,10 +269,14 @@ class Rounds:
             self._waited_for(operation, missing | present)
             self._begin_attempt(operation, here, now)
 
+    def _not_taken(self, operation: Operation) -> Collection[str]:
+        """Whose numbers are not wanted: outside of outer loops, those of whoever sends wrong ones to a loop are."""
+        return self.spurned if operation.outer else self.stuck
+
     def _giving(self, operation: Operation, names: Iterable[str]) -> list[str]:
         """Who of these has numbers for the others that are taken."""
         proposals = operation.proposals
-        taken = sorted(set(names).difference(self.spurned) if operation.outer else names)
+        taken = sorted(set(names).difference(self._not_taken(operation)))
         return [name for name in taken if proposals[name].weight > 0 and not proposals[name].receiver]
 
     def _teams(self, operation: Operation, names: Iterable[str]) -> set[str]:
@@ -575,6 +580,14 @@ class Rounds:
             self._fail(operation, "nobody is left")
         elif not self._too_few(operation, present):
             self._begin_attempt(operation, present, now)
+
+    def go_on_without(self, culprits: Collection[str], reason: str, now: float) -> None:
+        """Ends the attempts that stand still for these: a peer, or both ends of a link. What follows goes on without
+        the peer, or around the link, as far as it is left out, spurned or avoided by now."""
+        for operation in list(self.operations.values()):
+            if operation.phase is Phase.RUNNING and all(operation.in_attempt(name) for name in culprits):
+                self._abort(operation, reason, now)
+                self.consider(operation, now)
 
     def _note_cuts(self, operation: Operation, alive: set[str], now: float) -> None:
         # both ends report the same break: it counts once

@@ -75,12 +75,25 @@ class _Name:
     trusted_at: float = math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class _Stall:
+    """Who caused it is set aside for so many seconds; it is remembered for as long again."""
+
+    verdict: Verdict
+    seconds: float
+    began: float
+
+    @property
+    def until(self) -> float:
+        return self.began + self.seconds
+
+
 @dataclass(slots=True)
 class Isolation:
-    """min_peers: that a run needs. evict_after: seconds after which a life that hangs ends.
+    """min_peers: that a run needs. evict_after: seconds for which a life that hangs is left out before it ends.
 
-    left_out: whom rounds do not wait for. spurned: whose contributions are not taken. avoided: slow peers and links,
-    and rings whose fault is not clear. Each with the verdict that it follows from.
+    left_out: whom rounds do not wait for. spurned: whose contributions are not taken. avoided: slow peers, links that
+    are slow or bring nothing, and rings whose fault is not clear. Each with the verdict that it follows from.
     """
 
     policy: FaultPolicy
@@ -91,6 +104,8 @@ class Isolation:
     avoided: dict[tuple[str, ...], Verdict] = field(default_factory=dict)
     _names: dict[str, _Name] = field(default_factory=dict)
     _calm_until: float = -math.inf
+    _aside: dict[str, float] = field(default_factory=dict)
+    _stalls: dict[tuple[str, tuple[str, ...]], _Stall] = field(default_factory=dict)
     _spared: set[tuple[str, tuple[str, ...]]] = field(default_factory=set)
 
     # --- what is to be done -------------------------------------------------------------------------------------------
@@ -98,13 +113,27 @@ class Isolation:
     def decide(self, verdicts: Iterable[Verdict], awake: Collection[str], now: float) -> Iterator[Measure]:
         """awake: members that are heard of. One removal at the most, and it comes last."""
         sure = sorted((v for v in verdicts if v.confidence >= self.policy.confidence), key=_gravest_first)
-        yield from self._avoid([v for v in sure if self._allows(v, AVOID) and (v.kind in _SLOW or _corrupt_link(v))])
-        yield from self._set_aside(sure, awake)
+        aside = [*sure, *self._kept(sure, now)]
+        yield from self._avoid([v for v in aside if self._allows(v, AVOID) and (v.kind in _SLOW or _cuts(v))])
+        yield from self._set_aside(aside, awake)
+        self._aside = {name: self._aside.get(name, now) for name in self.left_out}
         yield from self._remove([v for v in sure if len(v.culprits) == 1 and self._removes(v, now)], awake, now)
 
     def _allows(self, verdict: Verdict, action: str) -> bool:
         furthest = getattr(self.policy, _CLASSES[verdict.kind]) if verdict.kind in _CLASSES else "observe"
         return ACTIONS.index(action) <= ACTIONS.index(furthest)
+
+    def _kept(self, sure: Iterable[Verdict], now: float) -> list[Verdict]:
+        """A stall is over with the attempt that stood still, and the next attempt would stand still, too: whoever
+        caused it is set aside for a while all the same, and each further time for twice as long."""
+        stalled = {verdict.key: verdict for verdict in sure if verdict.kind == STALLED}
+        for key, verdict in stalled.items():
+            known = self._stalls.get(key)
+            if known is None or now >= known.until:
+                seconds = self.policy.quarantine_seconds if known is None else 2 * known.seconds
+                self._stalls[key] = _Stall(verdict, min(seconds, self.policy.longest_seconds), now)
+        self._stalls = {key: stall for key, stall in self._stalls.items() if now < stall.until + stall.seconds}
+        return [stall.verdict for key, stall in self._stalls.items() if key not in stalled and now < stall.until]
 
     def _avoid(self, blamed: Iterable[Verdict]) -> Iterator[Measure]:
         wanted = {verdict.culprits: verdict for verdict in blamed}
@@ -121,7 +150,7 @@ class Isolation:
                 wanted[name] = verdict
         yield from _changes(LEAVE_OUT, self.left_out, wanted, lambda name: (name,))
         self.left_out = wanted
-        self.spurned = {name: verdict for name, verdict in wanted.items() if verdict.kind == GRADIENT}
+        self.spurned = {name: verdict for name, verdict in wanted.items() if verdict.kind in (GRADIENT, STALLED)}
 
     def _remove(self, blamed: Iterable[Verdict], awake: Collection[str], now: float) -> Iterator[Measure]:
         spared = set()
@@ -146,7 +175,7 @@ class Isolation:
 
     def _removes(self, verdict: Verdict, now: float) -> bool:
         if _CLASSES.get(verdict.kind) == "hang":
-            return self._allows(verdict, LEAVE_OUT) and now - verdict.since > self.evict_after
+            return now - self._aside.get(verdict.culprits[0], now) > self.evict_after
         if verdict.kind == DRIFTED and verdict.evidence.get("times", 0) < _DRIFTS:
             return False
         return self._allows(verdict, QUARANTINE) and (verdict.kind != GRADIENT or _lasts(verdict))
@@ -238,8 +267,9 @@ def _lasts(verdict: Verdict) -> bool:
     return verdict.kind not in _INCIDENTS and not once
 
 
-def _corrupt_link(verdict: Verdict) -> bool:
-    return verdict.kind == CORRUPT and len(verdict.culprits) > 1
+def _cuts(verdict: Verdict) -> bool:
+    """Whether this link is to be planned around."""
+    return verdict.kind in (CORRUPT, STALLED) and len(verdict.culprits) > 1
 
 
 def _gravest_first(verdict: Verdict) -> tuple[int, float, float]:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from collectives.records import LinkFailure
+from fault.verdicts import HANG, STALLED
 
 from .audit import Account, summary
 from .config import TARGETS, RunPolicy, Timeouts
@@ -364,15 +365,21 @@ class Membership:
     # --- what follows from verdicts -----------------------------------------------------------------------------------
 
     def _isolate(self, now: float) -> None:
+        stuck: list[Measure] = []
         for measure in self.isolation.decide(self.watching.verdicts, self._roster.awake(), now):
             self._tell_of(measure, now)
             if measure.action == END:
                 self._depart(measure.culprits[0], f"{measure.verdict.kind} for too long", now, event="peer.ended")
             elif measure.seconds:
                 self._bar(measure, now)
+            elif measure.begins and measure.verdict.kind in (STALLED, HANG) and "links" in measure.verdict.evidence:
+                stuck.append(measure)
         self.rounds.left_out = self.isolation.left_out.keys()
-        self.rounds.spurned = self.isolation.spurned.keys()
+        self.rounds.spurned = spurned = self.isolation.spurned
+        self.rounds.stuck = [name for name, verdict in spurned.items() if verdict.kind == STALLED]
         self.rounds.routes.avoid(self.isolation.avoided)
+        for measure in stuck:
+            self.rounds.go_on_without(measure.culprits, why(measure.verdict), now)
         for name in self.isolation.trusted(now):
             self._roster.emit("peer.trusted", peer=name)
 

@@ -16,7 +16,7 @@ from collectives.records import WireRun, fits
 from collectives.sockets import NEAR
 from collectives.topology import Matrix, Plan
 from collectives.tuning import fine_chunk
-from fault.verdicts import AMBIGUOUS, CORRUPT, Verdict
+from fault.verdicts import AMBIGUOUS, CORRUPT, STALLED, Verdict
 
 from .messages import LinkReport, OperationSpec
 from .rounds import Pair, executed, extent
@@ -100,16 +100,17 @@ class Routes:
     def avoid(self, verdicts: Mapping[tuple[str, ...], Verdict]) -> None:
         """Plans anew at once if these are others than before.
 
-        Slow peers and links carry what they are measured to carry, as any other. Pairs whose frames came corrupt are
-        taken for cut. Among whom a ring has shown a slow link that may be the fault of either end, no ring is used
-        until nobody there is slow: the direct pattern tells ends and links apart.
+        Slow peers and links carry what they are measured to carry, as any other. Pairs whose frames came corrupt, or
+        not at all, are taken for cut. Among whom a ring has shown a slow link that may be the fault of either end, no
+        ring is used until nobody there is slow: the direct pattern tells ends and links apart.
         """
         found = frozenset((verdict.kind, culprits) for culprits, verdict in verdicts.items())
         if found == self._avoided:
             return
         self._avoided, self._moved, self._next = found, True, 0.0
-        self._shunned = frozenset(frozenset(culprits) for kind, culprits in found if kind == CORRUPT)
-        slow = {name for kind, culprits in found if kind != CORRUPT for name in culprits}
+        cut = (CORRUPT, STALLED)
+        self._shunned = frozenset(frozenset(culprits) for kind, culprits in found if kind in cut)
+        slow = {name for kind, culprits in found if kind not in cut for name in culprits}
         self._probed = (self._probed & slow) | {n for kind, names in found if kind == AMBIGUOUS for n in names}
 
     def find(self, spec: OperationSpec, names: tuple[str, ...], cuts: Iterable[Pair]) -> Plan:

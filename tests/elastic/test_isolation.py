@@ -12,10 +12,11 @@ import torch
 from harness import Run, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulation import OUTER, RUN, SimPeer, World
+from simulation import OUTER, RUN, TIMES, SimPeer, World
 from test_membership import commits, enter, events, exchange, propose, talk, tell, training, wait
 from test_watching import Trainer, quiet, watch
 
+from collectives.records import Awaited, Underway
 from elastic import selftest
 from elastic.config import FaultPolicy
 from elastic.errors import ConfigurationError, Evicted, Quarantined
@@ -35,6 +36,7 @@ from fault.verdicts import (
     LINK,
     SENDER,
     SILENT,
+    STALLED,
     STRAGGLER,
     Verdict,
 )
@@ -114,8 +116,9 @@ def test_a_straggler_is_waited_for_but_what_it_gives_is_taken() -> None:
 
 def test_a_hang_ends_a_life_after_a_while_and_bars_no_name() -> None:
     found = isolation()
-    assert actions(found, verdict(HANG, "b", since=0.0), now=59.0) == [(LEAVE_OUT, ("b",), True)]
-    assert actions(found, verdict(HANG, "b", since=0.0), now=61.0) == [(END, ("b",), True)]
+    assert actions(found, verdict(HANG, "b", since=-500.0), now=0.0) == [(LEAVE_OUT, ("b",), True)]
+    assert actions(found, verdict(HANG, "b", since=-500.0), now=59.0) == []
+    assert actions(found, verdict(HANG, "b", since=-500.0), now=61.0) == [(END, ("b",), True)]
     assert not found.barred("b", 62.0) and not found.must_test("b")
 
 
@@ -342,6 +345,81 @@ def test_rounds_do_not_wait_for_a_straggler() -> None:
     exchange(world)
     (record,) = commits(world)
     assert record.contributors == ("a", "b", "c"), "at once: no grace has passed"
+
+
+def stalled(world: World, peers: dict[str, SimPeer], *awaited: str, of: str = "ab") -> None:
+    """These report that nothing has come from there for too long; all others are heard of, too."""
+    assert world.membership is not None
+    operation = world.membership.operations[OUTER]
+    waits = tuple(Awaited(peer=peer, what="own", seconds=TIMES.hang + 1) for peer in awaited)
+    number = {"tag": OUTER, "round": operation.round, "attempt": operation.attempt}
+    underway = (Underway(**number, stage="own", seconds=99.0, awaited=waits),)
+    for name, peer in peers.items():
+        tell(world, peer, Heartbeat, status=PeerStatus(), underway=underway if name in of else ())
+    world.tick(0.1)
+
+
+def test_an_attempt_that_stands_still_for_one_peer_goes_on_without_it() -> None:
+    world, peers = training("abc")
+    propose(world, *peers.values())
+    talk(world)
+    stalled(world, peers, "c")
+    assert [(e["kind"], e["culprits"]) for e in events(world, "peer.left_out")] == [(STALLED, ("c",))]
+    for _ in range(int(TIMES.chunk) + 2):  # it is heard of, and does not answer
+        for peer in peers.values():
+            tell(world, peer, Heartbeat, status=PeerStatus())
+        talk(world, peers["a"], peers["b"])
+        world.tick(1.0)
+    talk(world, peers["a"], peers["b"])
+    exchange(world, peers["a"], peers["b"])
+    (record,) = commits(world)
+    assert (record.contributors, record.attempt) == (("a", "b"), 1)
+    assert not events(world, "peer.taken_back"), "the stall is over, and it would stall the next one"
+    propose(world, peers["a"], peers["b"])
+    talk(world, peers["a"], peers["b"])
+    exchange(world, peers["a"], peers["b"])
+    assert [each.contributors for each in commits(world)] == [("a", "b")] * 2, "nobody waits for it"
+    wait(world, 31, *peers.values())
+    assert [event["culprits"] for event in events(world, "peer.taken_back")] == [("c",)]
+    assert not events(world, "peer.quarantined"), "that it stood still says nothing of its machine"
+
+
+def test_an_attempt_that_stands_still_for_a_link_goes_around_it_with_all() -> None:
+    world, peers = training("abcd")
+    propose(world, *peers.values())
+    talk(world)
+    stalled(world, peers, "c", of="a")
+    assert [(e["kind"], e["culprits"]) for e in events(world, "link.avoided")] == [(STALLED, ("c", "a"))]
+    talk(world)
+    assert world.membership is not None
+    start = world.membership.operations[OUTER].start
+    assert start is not None and start.attempt == 1
+    names = [member.name for member in start.contributors]
+    owners = {name for name, share in zip(names, start.shares, strict=True) if share > 0}
+    assert names == ["a", "b", "c", "d"] and owners == {"b", "d"}
+    exchange(world)
+    assert commits(world)[0].contributors == ("a", "b", "c", "d")
+
+
+def test_who_stalls_again_and_again_is_set_aside_for_longer() -> None:
+    found, spans = isolation(quarantine_seconds=10.0, longest_seconds=30.0), []
+    now = 0.0
+    for _ in range(4):
+        actions(found, verdict(STALLED, "b"), now=now)
+        began = now
+        while "b" in found.left_out:
+            assert "b" in found.spurned
+            now += 1.0
+            actions(found, now=now)
+        spans.append(now - began)
+    assert spans == [10.0, 20.0, 30.0, 30.0]
+    now += 31.0
+    actions(found, now=now)
+    actions(found, verdict(STALLED, "b"), now=now)
+    actions(found, now=now + 9.0)
+    assert "b" in found.left_out
+    actions(found, now=now + 10.0)
+    assert not found.left_out, "it had been well for as long"
 
 
 def test_a_late_life_joins_a_run_that_has_barred_somebody_else() -> None:

@@ -24,7 +24,7 @@ from harness import Run, until
 from witness_worker import TIMES
 
 import elastic.vitals
-from elastic.errors import ConfigurationError
+from elastic.errors import ConfigurationError, RoundAborted
 from elastic.messages import VerdictReport
 from elastic.witness import Witness, process_state
 from fault.records import Health
@@ -319,6 +319,33 @@ def test_an_exchange_that_stands_still_names_the_peer_that_holds_it_up(run: Run)
         assert reduced.contributors == ("p0", "p1", "p2") and torch.equal(reduced.tensor, torch.full((300_000,), 3.0))
     until(lambda: not told(run))
     assert not events(run, "peer.suspected")
+
+
+def test_who_holds_an_exchange_up_is_left_out_of_it(run: Run) -> None:
+    """As long as it does; the others have their sum, and the next one at once."""
+    run.timeouts = TIMES
+    release = threading.Event()
+    run.open()
+    peers = [
+        run.join(f"p{i}", observe=(lambda progress: bool(release.wait(120))) if i == 1 else None) for i in range(3)
+    ]
+    for peer in peers:
+        peer.wait_for(3, timeout=30)
+    works = [peer.all_reduce_async(torch.ones(300_000), tag="g") for peer in peers]
+    try:
+        for _ in range(2):
+            for peer in (peers[0], peers[2]):
+                reduced = works[peers.index(peer)].wait(60)
+                assert reduced.contributors == ("p0", "p2")
+                assert torch.equal(reduced.tensor, torch.full((300_000,), 2.0))
+            for peer in (peers[0], peers[2]):
+                works[peers.index(peer)] = peer.all_reduce_async(torch.ones(300_000), tag="g")
+        (left_out,) = events(run, "peer.left_out")
+        assert (left_out["kind"], left_out["culprits"]) == (STALLED, ["p1"])
+    finally:
+        release.set()
+    with pytest.raises(RoundAborted, match="went on without this peer"):
+        works[1].wait(60)
 
 
 def test_a_disk_on_which_little_is_left_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
