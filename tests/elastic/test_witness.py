@@ -24,6 +24,7 @@ from harness import Run, until
 from witness_worker import TIMES
 
 import elastic.vitals
+from elastic.config import FaultPolicy, RunPolicy
 from elastic.errors import ConfigurationError, RoundAborted
 from elastic.messages import VerdictReport
 from elastic.witness import Witness, process_state
@@ -295,7 +296,7 @@ def test_an_environment_that_says_something_else_is_refused(run: Run, monkeypatc
 
 
 def test_an_exchange_that_stands_still_names_the_peer_that_holds_it_up(run: Run) -> None:
-    run.timeouts = TIMES
+    run.timeouts, run.policy = TIMES, RunPolicy(faults=FaultPolicy(hang="observe"))
     release, fired = threading.Event(), list[Any]()
 
     def observe(progress: Any) -> None:
