@@ -72,7 +72,7 @@ for = 60.0
 at = {after}
 kind = "nan"
 target = "p3"
-times = 4
+times = 8
 """
 
 

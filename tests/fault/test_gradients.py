@@ -141,6 +141,21 @@ def test_a_peer_that_goes_while_it_is_confirmed_and_good_again_leaves_nothing_be
     assert not gradients.bad
 
 
+def test_when_one_goes_what_was_found_by_comparison_with_it_is_found_anew() -> None:
+    gradients = Gradients()
+    fine = dict.fromkeys("abc", Contribution(norm=1.0, cosine=0.5))
+    wrong = {"d": Contribution(norm=1.0, cosine=-0.9), "e": Contribution(norm=math.nan, cosine=0.0)}
+    for number in range(2):
+        gradients.round(fine | wrong, float(number))
+    assert {peer: bad.why for peer, (bad, _) in gradients.bad.items()} == {"d": "direction", "e": "not finite"}
+    gradients.forget("a")
+    assert {peer: bad.why for peer, (bad, _) in gradients.bad.items()} == {"e": "not finite"}
+    gradients.round({**fine, **wrong}, 2.0)
+    assert gradients.bad["e"][0].rounds == 3 and "d" not in gradients.bad
+    gradients.round({**fine, **wrong}, 3.0)
+    assert gradients.bad["d"][0].why == "direction"
+
+
 def test_rounds_that_a_peer_sits_out_are_neither_good_nor_bad() -> None:
     """Whoever had no numbers to give sits out the next round: its rounds are running all the same."""
     gradients = Gradients()
