@@ -141,8 +141,8 @@ class Gradients:
         return statistics.median(past) if len(past) >= NEEDED else None
 
     def forget(self, name: str) -> None:
-        """It has gone; a later life is another. Who was suspected beside it was compared with it, too: that is over. But
-        what is no number is so by itself."""
+        """It has gone; a later life is another. Who was suspected beside it was compared with it, too: that is over.
+        But what is no number is so by itself."""
         self.bad = {peer: each for peer, each in self.bad.items() if peer != name and each[0].why == "not finite"}
         self._past.pop(name, None)
         self._persisting.forget(lambda key: key[0] == name or key[1] != "not finite")
