@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import OUTER, RUN, TIMES, SimPeer, World
 from test_membership import commits, enter, events, exchange, propose, talk, tell, training, wait
-from test_watching import Trainer, quiet, watch
+from test_watching import STEP, Trainer, anomalies, quiet, watch
 
 from collectives.records import Awaited, Underway
 from elastic import selftest
@@ -524,3 +525,23 @@ def test_a_peer_with_flipped_gradients_goes_into_quarantine_and_comes_back_well(
     (error,) = errors
     assert error.retry_after == 3.0 and "bad gradient" in str(error)
     assert back[0].life == 2
+
+
+def test_a_straggler_that_is_well_again_contributes_again(run: Run) -> None:
+    def contributed(name: str, since: int) -> int:
+        lines = [json.loads(line) for line in (run.folder / "coordinator.jsonl").read_text().splitlines()]
+        rounds = [event for event in lines if event["event"] == "round.committed" and event["round"] >= since]
+        return sum(name in event["contributors"] for event in rounds)
+
+    def act(trainers: list[Trainer]) -> None:
+        quiet(run, 40, trainers)
+        trainers[1].pace = 5 * STEP
+        until(lambda: anomalies(run, "peer.left_out"))
+        quiet(run, 10, trainers)
+        trainers[1].pace = STEP
+        until(lambda: anomalies(run, "peer.taken_back"))
+        rounds = trainers[0].peer.progress.rounds
+        until(lambda: contributed("p1", rounds) >= 5)
+
+    watch(run, 3, act, FaultPolicy())
+    assert [event["culprits"] for event in anomalies(run, "peer.left_out")] == [["p1"]]
