@@ -46,6 +46,7 @@ SLOWER = 3.0
 PAST = 7  # rounds, and seconds, that a peer has been in before its pace, or a link's, is judged: five windows and some
 LASTING = (CRASH, CORRUPT, FLAPPING)  # what happened once is told for a while: nothing is wrong any more
 PATIENCE = 120.0
+ENDS = ("peer.evicted", "peer.left", "peer.removed", "peer.ended")
 CLEARED = 45.0  # seconds after which a verdict that still stands is a false one
 
 Found = TypeVar("Found")
@@ -133,7 +134,7 @@ class Watch:
 
     def joined(self, name: str) -> float:
         """When its newest life was admitted; 0 if it has ended since."""
-        ends = (each for each in self.since(0.0, "peer.joined", "peer.evicted", "peer.left") if each["peer"] == name)
+        ends = (each for each in self.since(0.0, "peer.joined", *ENDS) if each["peer"] == name)
         last = max(ends, key=lambda each: each["monotonic"], default=None)
         return float(last["monotonic"]) if last and last["event"] == "peer.joined" else 0.0
 

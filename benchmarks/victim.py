@@ -34,6 +34,8 @@ SHARD = 4096  # samples: more than a peer reads between two faults
 TOKENS = 512  # that a sample stands for
 LEARNING_RATE = 3e-6
 # elastic imports what is in it with the first use: a spare has that behind it
+SHORT = elastic.FaultPolicy(quarantine_seconds=5.0, longest_seconds=5.0, strikes=1000, flapping="observe")
+"""As by default, but for the same names that are struck again and again."""
 USED = (elastic.Peer, elastic.DiLoCo, elastic.Coordinator, elastic.RunPolicy)
 
 torch.set_num_threads(1)
@@ -100,7 +102,11 @@ class Training(threading.Thread):
         options = LinkOptions(shared_memory=False, congestion_control=order["cc"])
         where, listen = order["coordinator"], f"{order['host']}:0"
         name, faults = order["name"], self.faults
-        return elastic.Peer(where, run=RUN, name=name, listen=listen, options=options, faults=faults)
+        while True:
+            try:
+                return elastic.Peer(where, run=RUN, name=name, listen=listen, options=options, faults=faults)
+            except elastic.Quarantined as error:  # as a supervisor would do
+                time.sleep(error.retry_after)
 
     def _watch(self, peer: elastic.Peer) -> None:
         operated = peer.telemetry.operated
@@ -144,7 +150,7 @@ class Desk:
         """record: a file for all telemetry that comes."""
         if order["record"]:
             record(Path(order["record"]))
-        policy = elastic.RunPolicy(min_peers=2)
+        policy = elastic.RunPolicy(min_peers=2, faults=SHORT)
         address, events = f"tcp://{order['host']}:0", Path(order["events"])
         self._coordinator = elastic.Coordinator(address, run=RUN, policy=policy, events=events)
         return {"address": self._coordinator.address}
