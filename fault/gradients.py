@@ -24,9 +24,10 @@ USUAL = 2.0
 by those of the others who have one, if all have."""
 PAST, NEEDED = 30, 3
 DEVIATIONS = 6.0
-AGAINST, GAP = -0.2, 0.4
-"""A cosine below the first points the other way, if those of the others, in the median, are above it by the second. (Of
-three, the two good ones have a bad one in the mean of their others: their cosines are about 0.)"""
+AGAINST, AGREED = -0.2, 0.2
+"""A cosine below the first points the other way, if the others agree: theirs, in the median, are above the second. With
+data that differ, contributions point against each other near the end, and nobody is wrong. (Of three, the two good ones
+have a bad one in the mean of their others, and their cosines are about 0: a flipped one among three is not named.)"""
 ENOUGH = 3
 """Fewer cannot outvote one."""
 _LEAST_NOISE = 0.1
@@ -107,7 +108,7 @@ def _off_length(
 
 def _off_direction(peer: str, mine: Contribution, others: Mapping[str, Contribution]) -> Bad | None:
     along = statistics.median(other.cosine for other in others.values())
-    if mine.cosine < AGAINST and along - mine.cosine > GAP:
+    if mine.cosine < AGAINST and along > AGREED:
         return Bad(peer=peer, why="direction", value=mine.cosine, others=along)
     return None
 

@@ -54,8 +54,10 @@ def test_what_is_no_number_is_told_at_once_however_few_there_are(n: int, norm: f
     assert bad.why == "not finite" and since == 7.0 and len(gradients.bad) == 1
 
 
-@pytest.mark.parametrize("n", [3, 4, 9])
-@pytest.mark.parametrize("factor, why", [(30.0, "norm"), (1 / 300, "norm"), (-1.0, "direction")])
+SCALED, FLIPPED = [(30.0, "norm"), (1 / 300, "norm")], [(-1.0, "direction")]
+
+
+@pytest.mark.parametrize("n, factor, why", [(n, *how) for n in (3, 4, 9) for how in SCALED + FLIPPED * (n > 3)])
 def test_scaled_and_flipped_gradients_are_named_in_the_second_round(n: int, factor: float, why: str) -> None:
     gradients = Gradients()
     for at in range(7):
@@ -65,6 +67,15 @@ def test_scaled_and_flipped_gradients_are_named_in_the_second_round(n: int, fact
         assert not gradients.bad
         gradients.round(measured(given), float(at))
     assert {peer: (bad.why, since) for peer, (bad, since) in gradients.bad.items()} == {"p1": (why, 5.0)}
+
+
+def test_who_differs_from_others_that_do_not_agree_is_not_blamed() -> None:
+    """Near the end of a run with different data on each peer, contributions add up to nothing."""
+    gradients = Gradients()
+    for at in range(12):
+        cosines = {"a": -0.8, "b": 0.1, "c": 0.15, "d": -0.4}
+        gradients.round({name: Contribution(norm=1.0, cosine=cosine) for name, cosine in cosines.items()}, float(at))
+        assert not gradients.bad
 
 
 def test_who_comes_with_wrong_numbers_is_judged_by_those_who_have_been_there() -> None:
