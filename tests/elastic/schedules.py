@@ -235,13 +235,7 @@ SCENARIOS = {
         Scenario("drift", "abcd", trouble=("drift",), often=("turn", "train", "save all")),
         Scenario("black out", trouble=("black out",), often=("turns", "save", "turn")),
         Scenario("rivals", "abcd", trouble=("rivals",), often=("turns", "turn", "split")),
-        Scenario(
-            "faults",
-            "abcd",
-            policy=RunPolicy(min_peers=3),
-            trouble=("faults",),
-            often=("turns", "life", "spoil", "calm"),
-        ),
+        Scenario("faults", "abcd", trouble=("faults",), often=("turns", "life", "spoil", "calm")),
         Scenario("all at once", "abcd", trouble=("drift", "black out", "rivals"), often=("turns", "save")),
         Scenario(
             "twins and all", "abcd", policy=TWINS, trouble=("drift", "black out", "rivals"), often=("turns", "save")
