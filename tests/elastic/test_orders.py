@@ -37,7 +37,7 @@ SEEN = {
     "sites": {"vacancy.filled", "vacancy.closed", "shard.reassigned"},
     "twins": {"peer.paired", "both twins had proposed", "one twin had proposed", "round.shrunk", "run.rolled_back"},
     "drift": {"parity.mismatch", "parity.undecided", "parity.voided"},
-    "faults": {"peer.quarantined", "peer.left_out", "peer.taken_back", "peer.trusted"},
+    "faults": {"peer.quarantined", "peer.left_out", "peer.taken_back"},
     "black out": {"run.resumed", "run.rolled_back"},
     "rivals": {"rebuilt by a majority", "rebuilt by a person's word", "peer.led_back", "went on beside a higher line"},
 }
