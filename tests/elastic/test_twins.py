@@ -147,6 +147,9 @@ def test_rounds_keep_the_pace_of_the_faster_twin(twins: Run, tmp_path: Path, loo
     assert [each["covered"] for each in lines if each["event"] == "round.applied"] == [True] * len(rounds)
     assert not [each for each in lines if each["event"] == "inner.rewarmed"], "nothing is wrong with its optimizer"
     check_points(twins)
+    assert len({state_hash for state_hash, _, _ in ended}) == 1
+    if loop == "DelayedDiLoCo" and len(set(rounds)) > 1:
+        return  # p2 and p3 took turns: a contributor's steps under way stay its own, those of who is covered do not
     expected = undisturbed(tmp_path / "undisturbed", loop)
     assert {state_hash for state_hash, _, _ in ended} == {expected[0]}
     assert all(equal(parameters, expected[1]) for _, parameters, _ in ended)
