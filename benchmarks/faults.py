@@ -36,7 +36,7 @@ from benchmarks import common
 from benchmarks.common import MIB, BenchmarkError, Launch, Report, Worker, launch_here
 from benchmarks.wan.wan import DEV, Wan, WanError
 from elastic.events import EventReader
-from fault.verdicts import CORRUPT, CRASH, CUT, FLAPPING, GRADIENT, LINK, SILENT, STRAGGLER
+from fault.verdicts import CORRUPT, CRASH, CUT, FLAPPING, GRADIENT, HANG, LINK, SILENT, STALLED, STRAGGLER
 
 NAMES = ("w0", "w1", "w2", "w3")
 RATE, LOSS, JITTER_MS = 200.0, 0.0001, 5.0
@@ -358,7 +358,7 @@ def cut(crew: Crew, culprits: Sequence[str]) -> AbstractContextManager[None]:
 
 KINDS = (
     Kind("kill", (CRASH,), Crew.kill, goal_seconds=0.2 + 2 * RTT),
-    Kind("freeze", (SILENT,), Crew.freeze, goal_seconds=3.0),
+    Kind("freeze", (HANG, STALLED, SILENT), Crew.freeze, goal_seconds=3.0),
     Kind("cut pair", (CUT,), cut, "pair", goal_seconds=3.0),
     Kind("cut off", (SILENT,), Crew.cut, "away", goal_seconds=3.0, wan=True),
     Kind("slow peer", (STRAGGLER,), own(kind="slow", factor=SLOWER, seconds=600.0), "peer", PAST, 40.0, goal_rounds=5),
