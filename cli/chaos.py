@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +17,7 @@ from fault.driver import Absent, Driver, Injected, all_fired
 from fault.schedule import ScheduleError, load
 
 from . import exits
+from .stopping import told_to_stop
 
 
 @click.command()
@@ -111,7 +109,7 @@ def _refuse(code: int, message: str) -> NoReturn:
 
 
 def _drive(driver: Driver, wait: float, as_json: bool) -> None:
-    with _told_to_stop() as stop:
+    with told_to_stop(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop:
         try:
             driver.wait_for_targets(stop, wait)
         except Absent as error:
@@ -123,19 +121,6 @@ def _drive(driver: Driver, wait: float, as_json: bool) -> None:
             _show(records)
         interrupted = stop.is_set()
     sys.exit(exits.INTERRUPTED if interrupted else exits.OK if all_fired(records) else exits.FAILED)
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGHUP set; afterwards they do what they did before."""
-    stop = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _say(record: Injected) -> None:

@@ -20,6 +20,7 @@ from elastic.errors import ConfigurationError
 from fault.orders import COORDINATOR
 
 from . import exits
+from .stopping import told_to_stop
 
 LOOK_SECONDS = 0.2
 ASK_SECONDS = 15.0  # how long a recovery waits for a majority before it asks
@@ -88,7 +89,11 @@ def command(**options: Any) -> None:
       elastic coordinator --run demo --rounds 100
       elastic coordinator --run demo --bind 0.0.0.0:29401 --journal new.sqlite --recover
     """
-    with _told_to_stop() as stop, _open(options) as coordinator, _taking_orders(coordinator):
+    with (
+        told_to_stop(signal.SIGINT, signal.SIGTERM) as stop,
+        _open(options) as coordinator,
+        _taking_orders(coordinator),
+    ):
         _say_where(coordinator, options["token"])
         if options["recover"]:
             _recover(coordinator, stop, options["accept_minority"])
@@ -96,19 +101,6 @@ def command(**options: Any) -> None:
             pass
     if coordinator.error is not None:
         _refuse(exits.FAILED, f"stopped by {type(coordinator.error).__name__}: {coordinator.error}")
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; afterwards they do what they did before."""
-    stop = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _refuse(code: int, message: str) -> None:
