@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from fault.orders import Lines
 
 from .errors import ConfigurationError
 
@@ -72,33 +74,8 @@ def _open(path: Path) -> TextIO:
         raise ConfigurationError(f"cannot write events to {path}: {error.strerror}") from None
 
 
-class EventReader:
+class EventReader(Lines):
     """Follows an event log: each call returns the whole lines that were added since the last.
 
     A life that is killed in mid write leaves half a line, to which the next life appends: what is no event is skipped.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> Iterator[dict[str, Any]]:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                event = _parse(line)
-                if event is not None:
-                    yield event
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
