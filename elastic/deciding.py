@@ -285,7 +285,8 @@ class Rounds:
 
     def _stood_in_for(self, operation: Operation, present: set[str]) -> set[str]:
         """Who need not be waited for, since a twin gives what it would."""
-        return self._leasing.mates(self._giving(operation, present)) if operation.outer else set()
+        paired = operation.outer and self._leasing.twins.teams
+        return self._leasing.mates(self._giving(operation, present)) if paired else set()
 
     def _one_of_each(self, operation: Operation, giving: list[str]) -> tuple[str, ...]:
         """Of twins the one that has read furthest; their samples are the same ones."""
