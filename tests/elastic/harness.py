@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,24 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
     while not true():
         assert time.monotonic() < deadline, "the condition never held"
         pause.wait(0.005)
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Calls it in a thread of its own.
+
+    A DataLoader forks from there, and a process that was forked by a thread of an executor ends with code 1: there it
+    is the main thread, which waits for the executor's threads, itself among them.
+    """
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, name=f"test-{function.__name__}").start()
+    return future
 
 
 @dataclass
@@ -66,8 +84,9 @@ class Run:
 
     def together(self, function: Callable[[Peer], Any], peers: list[Peer] | None = None) -> list[Any]:
         peers = self.peers if peers is None else peers
-        with ThreadPoolExecutor(len(peers)) as pool:
-            return list(pool.map(function, peers))
+        futures = [in_thread(function, peer) for peer in peers]
+        wait(futures)
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         for peer in self.peers:

@@ -5,6 +5,7 @@ ORDER: scenario, address, name, rank, size, folder (for files of this rank). Wri
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -297,6 +298,7 @@ def in_thread(call: Any) -> Any:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)
     order = json.loads(sys.argv[1])
     folder = Path(order["folder"])
     store = f"file://{folder / 'store'}"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,20 @@ class Site:
     def facts(self, codes: tuple[int, ...] = (0, 0)) -> list[dict[str, Any]]:
         """What the ranks have found, once they have ended with these codes; {} for one that was killed."""
         for rank, (process, code) in enumerate(zip(self.processes, codes, strict=True)):
-            assert process.wait(90) == code, (self.folder / f"{rank}.err").read_text()
+            assert self.end_of(process) == code, (self.folder / f"{rank}.err").read_text()
         files = [self.folder / f"{rank}.json" for rank in range(len(self.processes))]
         return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+    def end_of(self, process: subprocess.Popen[bytes]) -> int:
+        """The code that it ends with. If it does not end, says where all of them stand."""
+        try:
+            return process.wait(90)
+        except subprocess.TimeoutExpired:
+            for each in self.processes:
+                each.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+            said = [path.read_text()[-10_000:] for path in sorted([*self.folder.glob("*.err"), *self.folder.glob("*l")])]
+            raise AssertionError("\n---\n".join(said)) from None
 
     def ready(self) -> None:
         for rank, process in enumerate(self.processes):
