@@ -397,7 +397,7 @@ def told_again(key: Key, culprits: Sequence[str]) -> bool:
 # --- the three questions --------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    *("fault", "injected", "named, and the right one", "other verdicts", "s to verdict: median (worst)"),
+    *("fault", "injected", "named as, of the right culprit", "other verdicts", "s to verdict: median (worst)"),
     *("rounds to verdict", "s until its shard trains again", "to reach"),
 )
 
@@ -441,13 +441,18 @@ def cells(kind: Kind, injections: Sequence[Injection]) -> tuple[str, ...]:
     return (
         kind.title,
         str(len(injections)),
-        str(sum(bool(each.named) for each in injections)),
-        str(sum(len(each.others) for each in injections)),
+        tally(each.named or "nothing" for each in injections),
+        tally(name for each in injections for name, _ in each.others),
         worst([each.seconds for each in injections if each.seconds is not None], 2),
         worst([each.rounds for each in injections if each.rounds is not None], 0),
         worst([each.again for each in injections if each.again is not None], 1),
         goal,
     )
+
+
+def tally(names: Iterable[str]) -> str:
+    """A row of the confusion matrix: each verdict that there was, and how often."""
+    return ", ".join(f"{name} {n}" for name, n in Counter(names).most_common()) or "-"
 
 
 def worst(values: Sequence[float], digits: int) -> str:
