@@ -25,16 +25,21 @@ from .logs import KeptLog
 class PeerSpec:
     """What a supervisor needs to start a life of a peer.
 
-    script: Python file with the training function `function(peer, config)`. fault: injected into the first life.
+    script: Python file with the training function `function(peer, config)`; or pickled: that function itself, as
+    cloudpickle's bytes, which only the peer's own process reads. fault: injected into the first life.
     logs_dir: folder for what each life prints; by default `logs` in events_dir, and without either nothing is kept.
+    storage_path: the run's folder, for the training function. ranks: processes that are this one peer, on one node.
+    cpus, gpus, resources: what it takes of a node, all ranks together; labels: of the nodes that will do. spread:
+    rather on a node of its own.
     """
 
     coordinator: str
     run: str
     name: str
     site: str
-    script: str
+    script: str = ""
     function: str = "train"
+    pickled: bytes = b""
     config: dict[str, Any] = field(default_factory=dict)
     stripes: int | None = None
     listen: str = "127.0.0.1:0"
@@ -43,6 +48,13 @@ class PeerSpec:
     logs_dir: str | None = None
     fault: Injection | None = None
     fault_log: str | None = None
+    storage_path: str | None = None
+    ranks: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    spread: bool = False
 
     def log(self, life: int) -> str | None:
         """The file for what this life prints. life: as its supervisor counts."""
@@ -92,6 +104,12 @@ class PeerHost:
         expelled = self._peer.expulsion if self._peer else None
         return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), expelled=expelled)
 
+    @ray.method(concurrency_group="control")
+    def drain(self, seconds: float) -> None:
+        """Asks the training to end: one last exchange within so many seconds, then the peer leaves."""
+        if self._peer is not None:
+            self._peer.drain(seconds)
+
     @ray.method(concurrency_group="train")
     def join(self) -> Life:
         """Returns once the run has admitted this life; raises what `Peer` does."""
@@ -128,7 +146,6 @@ class PeerHost:
 
 
 _OPTIONS: dict[str, Any] = {
-    "num_cpus": 1,
     "max_restarts": 0,
     "max_task_retries": 0,
     "concurrency_groups": {"train": 1, "control": 2},

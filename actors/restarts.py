@@ -13,7 +13,7 @@ from elastic.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RestartPolicy:
+class FailureConfig:
     """A peer that ended more than `max_restarts` times within `window_seconds` is given up.
 
     hang_seconds: without an answer, after which a life is ended. deaths_per_node: within the window, after which other
@@ -77,7 +77,7 @@ class Death:
 class Restarts:
     """The deaths of one peer within the window, and what follows from them. Times are seconds of one clock."""
 
-    def __init__(self, policy: RestartPolicy) -> None:
+    def __init__(self, policy: FailureConfig) -> None:
         self._policy = policy
         self._deaths: list[Death] = []
         self._unplaced: dict[str, float] = {}

@@ -26,8 +26,9 @@ from elastic.siteline import SiteLine
 
 from .local_ray import error_line
 from .logs import tail
-from .peer import Life, PeerActor, PeerSpec, Process, Trained
-from .restarts import GiveUp, Place, RestartPolicy, Restarts
+from .peer import Life, PeerSpec, Process, Trained
+from .restarts import FailureConfig, GiveUp, Place, Restarts
+from .unit import Unit
 
 ASK_SECONDS = 1.0
 EXPELLED_SECONDS = 5.0  # for a script to notice that its peer is no member any more
@@ -46,7 +47,7 @@ class Charge:
     supervisor's before. given_up: why no further life begins here, if the coordinator needs to know.
     """
 
-    def __init__(self, spec: PeerSpec, policy: RestartPolicy, *, guest: bool = False) -> None:
+    def __init__(self, spec: PeerSpec, policy: FailureConfig, *, guest: bool = False) -> None:
         self.spec, self.guest = spec, guest
         self.state = "starting"
         self.lives = 0
@@ -55,7 +56,7 @@ class Charge:
         self.process: Process | None = None
         self.log: str | None = None
         self.log_node = ""
-        self.actor: Any = None
+        self.unit: Unit | None = None
         self.trained: Trained | None = None
         self.error = self.given_up = ""
         self.task: asyncio.Task[None] | None = None
@@ -106,7 +107,7 @@ class SiteSupervisor:
     def __init__(
         self,
         specs: list[PeerSpec],
-        policy: RestartPolicy,
+        policy: FailureConfig,
         events: EventLogSpec,
         *,
         room: int = 0,
@@ -219,21 +220,22 @@ class SiteSupervisor:
         charge.lives += 1
         charge.process = await self._placed(charge)
         charge.restarts.began(charge.process.node)
-        charge.life = await self._answer(charge, charge.actor.join.remote())
+        assert charge.unit is not None
+        charge.life = await self._answer(charge, charge.unit, charge.unit.join())
         charge.incarnation, charge.state = charge.life.incarnation, "running"
         self._say()
         where = {"pid": charge.process.pid, "node": charge.process.node}
         self._events.emit("peer.started", peer=charge.name, life=charge.lives, **where)
-        charge.trained = await self._answer(charge, charge.actor.train.remote())
+        charge.trained = await self._answer(charge, charge.unit, charge.unit.train())
         charge.state = "finished"
         self._say()
 
-    async def _answer(self, charge: Charge, call: Any) -> Any:
+    async def _answer(self, charge: Charge, unit: Unit, call: Any) -> Any:
         """What the call returns, or raises; GetTimeoutError if the process says nothing meanwhile, Evicted if the run
         goes on without it and its script does not notice."""
         answer, heard, member = asyncio.ensure_future(call), time.monotonic(), time.monotonic()
         while not answer.done():
-            alive = asyncio.ensure_future(charge.actor.process.remote())
+            alive = asyncio.ensure_future(unit.process())
             await asyncio.wait({answer, alive}, timeout=ASK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if alive.done() and alive.exception() is None:
                 heard = time.monotonic()
@@ -269,10 +271,8 @@ class SiteSupervisor:
                 charge.restarts.unplaced(place, time.monotonic())
 
     async def _start(self, charge: Charge, place: Place, attempt: int) -> Process:
-        # a name per life and attempt: Ray frees names late
-        options = {"name": f"{charge.name}.i{charge.lives}.{attempt}"} | _scheduling(place)
-        charge.actor = PeerActor.options(**options).remote(charge.spec, charge.log)
-        answer = asyncio.ensure_future(charge.actor.process.remote())
+        charge.unit = Unit(charge.spec, f"{charge.name}.i{charge.lives}.{attempt}", place, charge.log)
+        answer = asyncio.ensure_future(charge.unit.process())
         await asyncio.wait({answer}, timeout=self._policy.place_seconds)
         try:
             if answer.done():
@@ -376,23 +376,14 @@ def _stop(charge: Charge) -> None:
 
 
 def _end(charge: Charge) -> None:
-    # a held handle keeps the actor's name taken, and a hung process needs ray.kill to go
-    if charge.actor is not None:
-        ray.kill(charge.actor)
-        charge.actor = None
+    if charge.unit is not None:
+        charge.unit.kill()
+        charge.unit = None
 
 
 def _nodes() -> set[str]:
     known: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return {node["NodeID"] for node in known if node["Alive"]}
-
-
-def _scheduling(place: Place) -> dict[str, Any]:
-    if place.node:
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(place.node, soft=False)}
-    if place.avoid:
-        return {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(place.avoid))})"}}
-    return {}
 
 
 async def _last_words(charge: Charge) -> tuple[str, ...]:

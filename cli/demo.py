@@ -334,7 +334,7 @@ class Demo:
         import ray
 
         from actors.coordinator import CoordinatorActor
-        from actors.restarts import RestartPolicy
+        from actors.restarts import FailureConfig
         from actors.supervisor import EventLogSpec, SiteSupervisor
 
         s, log = self.settings, self.settings.out / "events"
@@ -347,7 +347,7 @@ class Demo:
         specs = [self._spec(name, address) for name in s.names]
         supervisor: Any = SiteSupervisor
         self._supervisor = supervisor.options(name=f"{RUN}.supervisor", lifetime="detached").remote(
-            specs, RestartPolicy(), EventLogSpec(run=RUN, path=log / "supervisor.jsonl")
+            specs, FailureConfig(), EventLogSpec(run=RUN, path=log / "supervisor.jsonl")
         )
         ray.get(self._supervisor.start.remote())
 

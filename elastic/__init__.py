@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import fault as _below
 
 if TYPE_CHECKING:
+    from actors.settings import FailureConfig, RunConfig, ScalingConfig
     from collectives import LinkOptions
 
     from .checkpoints import Checkpoints
@@ -99,6 +100,7 @@ _HOMES = {
     **dict.fromkeys(("Equal", "FedBuff", "FedFix", "Throughput", "Tokens"), "outer.weighting"),
     **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
     "LinkOptions": "peer",
+    **dict.fromkeys(("FailureConfig", "RunConfig", "ScalingConfig"), "actors.settings"),
 }
 
 __all__ = [
@@ -121,6 +123,7 @@ __all__ = [
     "Equal",
     "ErrorFeedback",
     "Evicted",
+    "FailureConfig",
     "FaultPolicy",
     "FedBuff",
     "FedFix",
@@ -147,8 +150,10 @@ __all__ = [
     "Ramp",
     "Reduced",
     "RoundAborted",
+    "RunConfig",
     "RunPolicy",
     "SGD",
+    "ScalingConfig",
     "Scattered",
     "Seconds",
     "StateError",
@@ -169,7 +174,8 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'elastic' has no attribute {name!r}")
-    value = getattr(import_module(f".{home}", __name__), name)
+    module = home if home.startswith("actors.") else f"{__name__}.{home}"  # Ray is loaded by who asks for it
+    value = getattr(import_module(module), name)
     globals()[name] = value
     return value
 

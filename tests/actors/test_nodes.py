@@ -79,7 +79,7 @@ def site(nodes: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     import ray
 
     from actors.peer import PeerSpec
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
     from actors.supervisor import EventLogSpec, SiteSupervisor
 
     script = tmp_path / f"script_{os.getpid()}_{secrets.token_hex(4)}.py"
@@ -99,7 +99,7 @@ def site(nodes: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
             )
             actor: Any = SiteSupervisor
             log = EventLogSpec(run="site", path=tmp_path / "supervisor.jsonl")
-            supervisor = actor.options(resources={"head": 1}).remote([spec], RestartPolicy(**policy), log)
+            supervisor = actor.options(resources={"head": 1}).remote([spec], FailureConfig(**policy), log)
             started.append(supervisor)
             ray.get(supervisor.start.remote())
             return supervisor

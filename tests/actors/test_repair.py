@@ -97,7 +97,7 @@ def start(served: Coordinator, folder: Path, timeouts: Timeouts) -> Any:
     import ray
 
     from actors.peer import PeerSpec
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
     from actors.supervisor import EventLogSpec, SiteSupervisor
 
     script = folder / "line.py"
@@ -116,7 +116,7 @@ def start(served: Coordinator, folder: Path, timeouts: Timeouts) -> Any:
     ]
     actor: Any = SiteSupervisor
     log = EventLogSpec(run="repair", path=folder / "supervisor.jsonl")
-    supervisor = actor.remote(specs, RestartPolicy(hang_seconds=5.0), log)
+    supervisor = actor.remote(specs, FailureConfig(hang_seconds=5.0), log)
     ray.get(supervisor.start.remote())
     return supervisor
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.restarts import GiveUp, Place, Restart, RestartPolicy, Restarts
+from actors.restarts import FailureConfig, GiveUp, Place, Restart, Restarts
 from elastic.errors import ConfigurationError
 
 NODES = frozenset("abc")
@@ -19,28 +19,28 @@ def deaths(restarts: Restarts, *times: float, node: str = "a", evidence: str = "
 
 
 def test_the_first_restart_comes_at_once_and_later_ones_after_ever_longer_pauses() -> None:
-    restarts = Restarts(RestartPolicy(max_restarts=8, pause_seconds=2.0, longest_pause=10.0))
+    restarts = Restarts(FailureConfig(max_restarts=8, pause_seconds=2.0, longest_pause=10.0))
     pauses = [0.0, 2.0, 4.0, 8.0, 10.0, 10.0]
     assert deaths(restarts, *range(6)) == [Restart(after=pause) for pause in pauses]
 
 
 def test_too_many_deaths_within_the_window_are_the_end_and_the_reason_says_so() -> None:
-    restarts = Restarts(RestartPolicy(max_restarts=2, window_seconds=100.0))
+    restarts = Restarts(FailureConfig(max_restarts=2, window_seconds=100.0))
     deaths(restarts, 0.0, 5.0)
     assert restarts.died("a", "its process has ended", 12.0) == GiveUp(
         reason="ended 3 times within 12 s (it hangs, then its process has ended)"
     )
-    assert deaths(Restarts(RestartPolicy(max_restarts=0)), 7.0) == [GiveUp(reason="ended once (it hangs)")]
+    assert deaths(Restarts(FailureConfig(max_restarts=0)), 7.0) == [GiveUp(reason="ended once (it hangs)")]
 
 
 def test_deaths_that_lie_back_are_forgotten() -> None:
-    restarts = Restarts(RestartPolicy(max_restarts=1, window_seconds=10.0))
+    restarts = Restarts(FailureConfig(max_restarts=1, window_seconds=10.0))
     assert deaths(restarts, 0.0, 10.5, 21.0) == [Restart(after=0.0)] * 3
     assert isinstance(restarts.died("a", "it hangs", 22.0), GiveUp)
 
 
 def test_the_next_life_goes_to_the_same_node_until_it_has_died_there_repeatedly() -> None:
-    restarts = Restarts(RestartPolicy(max_restarts=9, deaths_per_node=2, window_seconds=100.0))
+    restarts = Restarts(FailureConfig(max_restarts=9, deaths_per_node=2, window_seconds=100.0))
     assert restarts.places(NODES, 0.0) == (Place(),), "a first life has no node yet"
     restarts.began("a")
     deaths(restarts, 1.0)
@@ -54,7 +54,7 @@ def test_the_next_life_goes_to_the_same_node_until_it_has_died_there_repeatedly(
 
 
 def test_a_node_that_is_dead_or_has_no_room_is_avoided() -> None:
-    restarts = Restarts(RestartPolicy())
+    restarts = Restarts(FailureConfig())
     restarts.began("a")
     deaths(restarts, 0.0)
     assert restarts.places(frozenset("bc"), 0.0) == (Place(),)
@@ -63,7 +63,7 @@ def test_a_node_that_is_dead_or_has_no_room_is_avoided() -> None:
 
 
 def test_where_there_is_no_other_node_it_goes_back_to_the_one_where_it_died() -> None:
-    restarts = Restarts(RestartPolicy(max_restarts=9))
+    restarts = Restarts(FailureConfig(max_restarts=9))
     restarts.began("a")
     deaths(restarts, 0.0, 1.0, 2.0)
     assert restarts.places(frozenset("a"), 2.0) == (Place(),)
@@ -80,7 +80,7 @@ Story = list[tuple[str, float]]
     alive=st.sets(st.sampled_from("abc")),
 )
 def test_whatever_the_story_the_limits_hold(story: Story, limit: int, per_node: int, alive: set[str]) -> None:
-    policy = RestartPolicy(max_restarts=limit, window_seconds=60.0, deaths_per_node=per_node, longest_pause=5.0)
+    policy = FailureConfig(max_restarts=limit, window_seconds=60.0, deaths_per_node=per_node, longest_pause=5.0)
     restarts, now, past = Restarts(policy), 0.0, Story()
     for node, seconds in story:
         now += seconds
@@ -109,4 +109,4 @@ def test_whatever_the_story_the_limits_hold(story: Story, limit: int, per_node: 
 )
 def test_a_policy_that_cannot_be_is_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
-        RestartPolicy(**options)
+        FailureConfig(**options)

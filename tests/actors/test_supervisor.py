@@ -197,10 +197,10 @@ def run(ray_here: None, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 @pytest.fixture
 def site(run: Run) -> Callable[..., Any]:
     """Starts a supervisor with one peer that runs `function`; returns its report once the peer is done with."""
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
 
     def start(function: str, *, name: str = "site", broken: bool = False, **options: Any) -> Any:
-        policy = RestartPolicy(**options)
+        policy = FailureConfig(**options)
         if broken:
             object.__setattr__(policy, "window_seconds", None)
         return settled(run.start([run.spec(function, run=name)], policy))
@@ -298,10 +298,10 @@ def test_who_is_barred_for_good_is_given_up_at_once(site: Callable[..., Any]) ->
 @pytest.mark.parametrize("run", [IMPATIENT], indirect=True)
 def test_a_script_that_is_stuck_is_named_ended_and_started_again(run: Run) -> None:
     """Its process answers, and its heart beats: only its steps have stopped."""
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
 
     gate = str(run.folder / "gate")
-    supervisor = run.start([run.spec("gets_stuck", name, gate=gate) for name in ("p0", "p1")], RestartPolicy())
+    supervisor = run.start([run.spec("gets_stuck", name, gate=gate) for name in ("p0", "p1")], FailureConfig())
     report = settled(supervisor, "p1")
     assert (report.state, report.lives, report.trained.result) == ("finished", 2, {"life": 2}), report.error
     assert settled(supervisor).lives == 1
@@ -348,11 +348,11 @@ def check_data(run: Run) -> None:
 
 
 def test_the_survivors_read_what_a_crash_loop_has_left_each_sample_once(run: Run) -> None:
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
 
     gate = run.folder / "gate"
     specs = [run.spec("learns", name, breaks="p0", gate=str(gate)) for name in ("p0", "p1")]
-    supervisor = run.start(specs, RestartPolicy(max_restarts=1))
+    supervisor = run.start(specs, FailureConfig(max_restarts=1))
     failed = settled(supervisor)
     gate.touch()
     assert (failed.state, failed.lives) == ("failed", 2) and "\n  life 2 breaks after version " in failed.error
@@ -367,13 +367,13 @@ def test_the_survivors_read_what_a_crash_loop_has_left_each_sample_once(run: Run
 
 
 def test_another_site_takes_up_the_place_of_a_peer_that_is_given_up(run: Run) -> None:
-    from actors.restarts import RestartPolicy
+    from actors.restarts import FailureConfig
 
     gate = run.folder / "gate"
     template = run.spec("learns", "spare", site="there", breaks="", gate=str(gate))
-    there = run.start([], RestartPolicy(), room=1, template=template)
+    there = run.start([], FailureConfig(), room=1, template=template)
     here = run.start(
-        [run.spec("learns", name, breaks="p0", gate=str(gate)) for name in ("p0", "p1")], RestartPolicy(max_restarts=0)
+        [run.spec("learns", name, breaks="p0", gate=str(gate)) for name in ("p0", "p1")], FailureConfig(max_restarts=0)
     )
     failed = settled(here)
     assert (failed.state, failed.lives) == ("failed", 1)

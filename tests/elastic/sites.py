@@ -52,7 +52,9 @@ class Site:
             for each in self.processes:
                 each.send_signal(signal.SIGUSR1)
             time.sleep(1)
-            said = [path.read_text()[-10_000:] for path in sorted([*self.folder.glob("*.err"), *self.folder.glob("*l")])]
+            said = [
+                path.read_text()[-10_000:] for path in sorted([*self.folder.glob("*.err"), *self.folder.glob("*l")])
+            ]
             raise AssertionError("\n---\n".join(said)) from None
 
     def ready(self) -> None:
