@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
+from ray import cloudpickle
 
 from elastic.config import Timeouts
-from elastic.errors import Evicted
+from elastic.errors import ConfigurationError, ElasticError, Evicted
 from elastic.peer import Peer
 from fault.inject import Injection, strike
 
+from .local_ray import error_line
 from .logs import KeptLog
 
 
@@ -88,6 +91,19 @@ class Trained:
     bytes_sent: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Raised:
+    """How a training function has ended that raised something of its own.
+
+    line: class and words, and of several ranks, which. pickled: the exception as cloudpickle's bytes, for a process
+    that knows its class to read; empty if it cannot be pickled.
+    """
+
+    line: str
+    traceback: str
+    pickled: bytes = b""
+
+
 class PeerHost:
     """First `join`, then `train`: they have a concurrency group of their own, so that `process` is answered meanwhile.
 
@@ -98,6 +114,7 @@ class PeerHost:
         self._log = KeptLog(Path(log)) if log else None
         self._spec = spec
         self._peer: Peer | None = None
+        self._function: Callable[..., Any] | None = None
 
     @ray.method(concurrency_group="control")
     def process(self) -> Process:
@@ -112,9 +129,15 @@ class PeerHost:
 
     @ray.method(concurrency_group="train")
     def join(self) -> Life:
-        """Returns once the run has admitted this life; raises what `Peer` does."""
-        spec = self._spec
-        self._peer = peer = Peer(
+        """Returns once the run has admitted this life; raises what `Peer` and `load` do."""
+        with self._last_words():
+            self._function = load(self._spec)
+            self._peer = peer = self._joined(self._spec)
+            peer.storage_path = Path(self._spec.storage_path) if self._spec.storage_path else None
+            return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life)
+
+    def _joined(self, spec: PeerSpec) -> Peer:
+        return Peer(
             spec.coordinator,
             run=spec.run,
             name=spec.name,
@@ -125,20 +148,32 @@ class PeerHost:
             events_dir=spec.events_dir,
             observe=_observer(spec),
         )
-        return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life)
 
     @ray.method(concurrency_group="train")
-    def train(self) -> Trained:
-        """Runs the training function to its end and leaves the run."""
-        assert self._peer is not None, "join first"
+    def train(self) -> Trained | Raised:
+        """Runs the training function to its end and leaves the run. Raises this library's own errors only: any other
+        is a `Raised`, for whoever asks may not know its class."""
         try:
-            with self._peer as peer:
-                function = load_function(Path(self._spec.script), self._spec.function)
-                result = function(peer, self._spec.config)
-                carried = peer.statistics().group
-            return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
+            with self._last_words():
+                return self._trained()
+        except Exception as error:
+            if type(error).__module__ == ElasticError.__module__:
+                raise
+            return _raised(error)
+
+    def _trained(self) -> Trained:
+        assert self._peer is not None and self._function is not None, "join first"
+        with self._peer as peer:
+            result = self._function(peer, self._spec.config)
+            carried = peer.statistics().group
+        return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
+
+    @contextlib.contextmanager
+    def _last_words(self) -> Iterator[None]:
+        try:
+            yield
         except Exception:
-            traceback.print_exc()  # its last words, too
+            traceback.print_exc()
             raise
         finally:
             if self._log:
@@ -160,9 +195,35 @@ def _observer(spec: PeerSpec) -> Callable[[Any], None] | None:
     return strike(spec.fault, spec.name, Path(spec.fault_log))
 
 
+def load(spec: PeerSpec) -> Callable[..., Any]:
+    """The training function. Raises ConfigurationError, with the reason, if there is none."""
+    if not spec.pickled:
+        return load_function(Path(spec.script), spec.function)
+    try:
+        function: Callable[..., Any] = cloudpickle.loads(spec.pickled)  # type: ignore[no-untyped-call]
+        return function
+    except Exception as error:
+        raise ConfigurationError(f"the training function cannot be loaded here: {error_line(error)}") from error
+
+
 def load_function(script: Path, function: str) -> Callable[..., Any]:
     """Imports `script` as Python would run it, its own folder first on the path, and returns its function."""
-    sys.path.insert(0, str(script.parent))
-    module = importlib.import_module(script.stem)
-    found: Callable[..., Any] = getattr(module, function)
-    return found
+    sys.path.insert(0, str(script.absolute().parent))
+    try:
+        module = importlib.import_module(script.stem)
+    except Exception as error:
+        raise ConfigurationError(f"script {script} cannot be loaded: {error_line(error)}") from error
+    if not module.__file__ or not script.exists() or not script.samefile(module.__file__):
+        raise ConfigurationError(f"script {script} has the name of a module that is loaded already: rename it")
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigurationError(f"script {script} has no function {function!r}: it needs one, of (peer, config)")
+    return cast(Callable[..., Any], found)
+
+
+def _raised(error: Exception) -> Raised:
+    try:
+        pickled = cloudpickle.dumps(error)
+    except Exception:  # it holds something that does not travel; its words do
+        pickled = b""
+    return Raised(line=error_line(error), traceback="".join(traceback.format_exception(error)), pickled=pickled)

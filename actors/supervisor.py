@@ -26,7 +26,7 @@ from elastic.siteline import SiteLine
 
 from .local_ray import error_line
 from .logs import tail
-from .peer import Life, PeerSpec, Process, Trained
+from .peer import Life, PeerSpec, Process, Raised, Trained
 from .restarts import FailureConfig, GiveUp, Place, Restarts
 from .unit import Unit
 
@@ -226,8 +226,11 @@ class SiteSupervisor:
         self._say()
         where = {"pid": charge.process.pid, "node": charge.process.node}
         self._events.emit("peer.started", peer=charge.name, life=charge.lives, **where)
-        charge.trained = await self._answer(charge, charge.unit, charge.unit.train())
-        charge.state = "finished"
+        ended = await self._answer(charge, charge.unit, charge.unit.train())
+        if isinstance(ended, Raised):
+            await self._give_up(charge, ended.line)
+            return
+        charge.state, charge.trained = "finished", ended
         self._say()
 
     async def _answer(self, charge: Charge, unit: Unit, call: Any) -> Any:

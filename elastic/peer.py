@@ -274,6 +274,7 @@ class Peer:
 
     ranks: Alone = ALONE
     faults: Injector | None = None
+    storage_path: Path | None = None  # of the run's folder, if a `Trainer` or a supervisor has made this peer
 
     def __new__(cls, *args: Any, process_group: dist.ProcessGroup | None = None, **options: Any) -> Peer:
         if cls is Peer and process_group is not None and process_group.size() > 1:

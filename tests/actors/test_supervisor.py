@@ -45,16 +45,12 @@ def aborts(peer, config):
     os.abort()
 
 def in_quarantine(peer, config):
-    class Quarantined(elastic.Evicted):
-        retry_after = 0.7
     if peer.life == 1:
-        raise Quarantined("come back later")
+        raise elastic.Quarantined("come back later", retry_after=0.7)
     return {"life": peer.life}
 
 def banned(peer, config):
-    class Quarantined(elastic.Evicted):
-        retry_after = float("inf")
-    raise Quarantined("for good")
+    raise elastic.Quarantined("for good", retry_after=float("inf"))
 
 def gets_stuck(peer, config):
     gate, model = Path(config["gate"]), torch.nn.Linear(1, 1)
