@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from collectives import topology
-from collectives.records import Abort, Start
+from collectives.records import Abort, LinkFailure, Start
 from collectives.topology import Plan
 
 from . import planning, rounds
@@ -81,6 +81,7 @@ class Rounds:
         self.routes = Routes()
         self._told: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._link_breaks: dict[Pair, int] = {}
+        self._told_cut: dict[Pair, dict[str, float]] = {}
         self._rounds: dict[str, int] = {}
         self._attempts: dict[str, tuple[int, int]] = {}
         self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
@@ -597,6 +598,23 @@ class Rounds:
         for pair in rounds.lasting_cuts(operation.failures, alive, self._link_breaks):
             self.cuts[pair] = now + CUT_RETRY_SECONDS
             self._roster.emit("link.cut", peers=sorted(pair))
+
+    def broke(self, name: str, failure: LinkFailure, now: float) -> None:
+        """A link of this member has failed, in an attempt or between them. If both ends say within `chunk` that nothing
+        gets through, and both are heard here, the path between them is cut, though no attempt may need it now."""
+        if failure.evidence not in ("timeout", "unreachable"):
+            return
+        pair = frozenset((name, failure.peer))
+        told = self._told_cut.setdefault(pair, {})
+        told[name] = now
+        if len(told) == 2 and now - min(told.values()) <= self._timeouts.chunk:
+            if pair not in self.cuts:
+                self._roster.emit("link.cut", peers=sorted(pair))
+            self.cuts[pair] = now + CUT_RETRY_SECONDS
+
+    def unheard(self, name: str) -> None:
+        """This member is silent: what is cut may be all of its paths, and that is no fault of one of them."""
+        self._told_cut = {pair: told for pair, told in self._told_cut.items() if name not in pair}
 
     def _drop_old_cuts(self, now: float) -> None:
         for pair in [pair for pair, until in self.cuts.items() if until < now]:

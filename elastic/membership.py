@@ -287,6 +287,7 @@ class Membership:
             return
         self._roster.returning.pop(name, None)
         self.rounds.routes.forget(name)
+        self.rounds.unheard(name)
         self.watching.forget(name)
         if event == "peer.evicted":
             self.watching.ended(name, now - state.since, now)
@@ -341,6 +342,7 @@ class Membership:
             return
         self._roster.emit("link.lost", peer=name, other=failure.peer, evidence=failure.evidence, detail=failure.detail)
         self.watching.failed(name, [failure], now)
+        self.rounds.broke(name, failure, now)
         if failure.evidence == "refused":
             self._end_proven(failure.peer, "its listener is gone: connection refused", now)
 
@@ -360,6 +362,7 @@ class Membership:
             # rule 3: silence costs the round, not the membership
             state.silent = True
             self._roster.emit("peer.suspected", peer=name, silence_seconds=round(silence, 3))
+            self.rounds.unheard(name)
             self.watching.silent(name, silence, now)
 
     # --- what follows from verdicts -----------------------------------------------------------------------------------

@@ -1758,6 +1758,53 @@ def test_frames_that_one_could_not_read_are_the_links_fault_and_those_of_two_the
     assert verdicts(world) == before
 
 
+def lost(world: Any, peers: Any, teller: str, other: str, evidence: str = "timeout") -> None:
+    failure = LinkFailure(peer=other, incarnation=peers[other].incarnation, evidence=evidence)
+    tell(world, peers[teller], LinkLost, failure=failure)
+
+
+@pytest.mark.parametrize("evidence", ["timeout", "unreachable"])
+def test_a_path_that_both_ends_call_dead_is_cut_though_no_attempt_needs_it(evidence: str) -> None:
+    world, peers = training("abc")
+    lost(world, peers, "a", "b", evidence)
+    world.tick(0.1)
+    assert not verdicts(world), "so far one says so"
+    lost(world, peers, "b", "a", evidence)
+    world.tick(0.1)
+    assert verdicts(world) == {("cut", ("a", "b"))}
+    assert {frozenset("ab")} == world.membership.rounds.cuts.keys(), "the next attempt goes around it"
+
+
+@pytest.mark.parametrize("evidence", ["eof", "reset", "corrupt"])
+def test_a_link_that_only_broke_is_no_cut_path(evidence: str) -> None:
+    world, peers = training("abc")
+    lost(world, peers, "a", "b", evidence)
+    lost(world, peers, "b", "a", evidence)
+    world.tick(0.1)
+    assert "cut" not in {kind for kind, _ in verdicts(world)}
+
+
+def test_what_one_end_said_long_ago_counts_no_more() -> None:
+    world, peers = training("abc")
+    lost(world, peers, "a", "b")
+    wait(world, int(TIMES.chunk) + 1, *peers.values())
+    lost(world, peers, "b", "a")
+    world.tick(0.1)
+    assert not verdicts(world)
+
+
+def test_who_was_cut_off_from_all_has_no_cut_paths_once_it_is_back() -> None:
+    world, peers = training("abc")
+    wait(world, int(TIMES.chunk), peers["a"], peers["b"])
+    lost(world, peers, "a", "c")
+    wait(world, 1, peers["a"], peers["b"])
+    assert verdicts(world) == {("silent", ("c",))}
+    for other in "ab":
+        lost(world, peers, "c", other)  # it comes through at last
+    world.tick(0.1)
+    assert not verdicts(world)
+
+
 def test_a_peer_that_holds_other_bits_has_drifted() -> None:
     world, peers = training("abc")
     tell(world, peers["b"], Applied, tag=OUTER, fragment=0, version=0, state_hash="drifted")
