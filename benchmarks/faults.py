@@ -141,11 +141,14 @@ class Watch:
     def rounds_of(self, name: str, since: float) -> int:
         return sum(name in each["contributors"] for each in self.commits(max(since, self.joined(name))))
 
-    def share(self, name: str) -> float:
-        """Of what is exchanged, the part that is sent to this peer to be added up, by the plan of the moment."""
-        plans = [each["shares"] for each in self.since(0.0, "plan.changed")]
-        equal = not plans or isinstance(plans[-1], str)
-        return 1.0 if equal else float(plans[-1].get(name, 0.0))
+    def carries(self, sender: str, receiver: str) -> bool:
+        """Whether contributions go this way, by the plan of the moment: along a tree only to the parent, else to
+        whoever adds up more than a tenth of what is exchanged."""
+        plan = next((each for each in reversed(self.events) if each["event"] == "plan.changed"), {"shares": "equal"})
+        if "parents" in plan:
+            return bool(plan["parents"].get(sender) == receiver)
+        shares = plan.get("shares", "equal")
+        return isinstance(shares, str) or float(shares.get(receiver, 0.0)) > 0.1
 
     def lost_rounds(self) -> int:
         """Numbers that were given up, or are missing between others."""
@@ -263,7 +266,7 @@ class Crew:
         """The culprits of this turn."""
         away = [name for name in NAMES if self.place[name].site != self._home.site] if self.wan else list(NAMES)
         if kind.whom == "link":
-            pairs = [pair for pair in permutations(NAMES, 2) if self.watch.share(pair[1]) > 0.1]
+            pairs = [pair for pair in permutations(NAMES, 2) if self.watch.carries(*pair)]
             return pairs[turn * 5 % len(pairs)]
         if kind.whom == "pair":
             return tuple(sorted(away[(turn + i) % len(away)] for i in range(2)))
