@@ -602,9 +602,9 @@ class Rounds:
     def broke(self, name: str, failure: LinkFailure, now: float) -> None:
         """A link of this member has failed, in an attempt or between them. If both ends say within `chunk` that nothing
         gets through, and both are heard here, the path between them is cut, though no attempt may need it now."""
-        if failure.evidence not in ("timeout", "unreachable"):
-            return
         pair = frozenset((name, failure.peer))
+        if failure.evidence not in ("timeout", "unreachable") or any(self._roster.members[n].silent for n in pair):
+            return
         told = self._told_cut.setdefault(pair, {})
         told[name] = now
         if len(told) == 2 and now - min(told.values()) <= self._timeouts.chunk:

@@ -49,7 +49,7 @@ class Detector:
     # --- in -----------------------------------------------------------------------------------------------------------
 
     def crossed(self, receiver: str, crossing: Crossing, at: float) -> None:
-        self._slowness.observe(crossing.peer, receiver, crossing.bytes, crossing.seconds, at)
+        self._slowness.observe(crossing.peer, receiver, crossing.bytes, crossing.seconds, at, rtt=crossing.rtt)
 
     def stepped(self, peer: str, seconds: float, at: float) -> None:
         """The median of its inner steps lately."""

@@ -4,9 +4,12 @@ One window is what came in since the last: often one operation per pair. A cell 
 links over a WAN differ by nature; what it was while it was known to be slow does not become its past. What
 `delays.slow_parts` finds in several windows running is confirmed, and cleared when it has not been found for as many.
 
-How much an operation carries over a link changes with its plan, and nobody knows which part of a delay is latency and
-which goes with the bytes. So what was to be expected lies between as long as before and in proportion to the bytes;
-within these bounds, a cell is taken to be as all are in the middle.
+How much an operation carries over a link changes with its plan, and nobody knows exactly which part of a delay is
+latency and which goes with the bytes. Latency is at least nothing, and at most two round trips and a little, where that
+time is known, else all of it. So what was to be expected lies between in proportion to the bytes, and that for all
+beyond the latency; within these bounds, a cell is taken to be as all are in the middle. All that go to one peer have
+got the same change of plan: where their round trips are known, the part of the latency that explains the middle one of
+them is about what explains the others.
 
 What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by about as many seconds
 (busy machines do, and then the shortest seem to be hit most). Nor is it slow to be as before while all others become
@@ -30,8 +33,11 @@ from .robust import FACTOR
 
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
-Measured = tuple[float, float]
-"""Logarithms of bytes and of seconds."""
+Measured = tuple[float, float, float]
+"""Logarithms of bytes and of seconds, and the most of these seconds that can be latency."""
+_TRIPS, _LITTLE = 2.0, 0.01  # of latency: round trips until all has begun to come, and seconds of anything else
+_ALIKE = 0.35  # by so much of it, the latencies of what goes to one peer may differ
+_PARTS = tuple(step / 8 for step in range(9))
 
 
 @dataclass(slots=True)
@@ -53,10 +59,12 @@ class Slowness:
         """What is confirmed, with its newest numbers and since when."""
         return self._persisting.confirmed
 
-    def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
-        """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
+    def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float, *, rtt: float = 0.0) -> None:
+        """So many bytes came from one to the other in so many seconds, measured by the receiver alone. rtt: 0.0: not
+        known."""
         if carried >= self.patience.least_bytes and 0 < seconds < math.inf:
-            self._now[sender, receiver].append((math.log(carried), math.log(seconds)))
+            latency = min(seconds, _TRIPS * rtt + _LITTLE) if rtt > 0 else seconds
+            self._now[sender, receiver].append((math.log(carried), math.log(seconds), latency))
             self._began = at if self._began is None else self._began
 
     def look(self, at: float) -> None:
@@ -81,7 +89,7 @@ class Slowness:
             return ()
         more = sorted(_more(*each) for each in judged.values())
         allowed = FACTOR * max(0.0, more[len(more) // 4])  # what three in four have; two slow peers of four are half
-        less = {pair: ((b, _less(s, allowed)), before) for pair, ((b, s), before) in judged.items()}
+        less = {pair: ((b, _less(s, allowed), wait), before) for pair, ((b, s, wait), before) in judged.items()}
         still = {(slow.kind, slow.culprits) for slow in _slow(less, names, least=0.0)}
         return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)
 
@@ -115,23 +123,64 @@ def _slow(
     """Of what was measured, beside what is usual. least: below which nothing counts."""
     index = {name: i for i, name in enumerate(names)}
     low, high = np.full((2, len(names), len(names)), np.nan)
-    for (sender, receiver), ((carried, seconds), (before, took)) in judged.items():
-        bounds = sorted((seconds - took, seconds - took - (carried - before)))
+    level = _level([_bounds(each, 0.0, 1.0) for each in judged.values()])
+    parts = _parts(judged, level)
+    for (sender, receiver), cell in judged.items():
+        part = parts[receiver]
+        known = cell[1][2] < 0.999 * math.exp(cell[1][1])
+        bounds = _bounds(cell, max(0.0, part - _ALIKE), min(1.0, part + _ALIKE)) if known else _bounds(cell, 0.0, 1.0)
         low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
     seen = np.isfinite(low)
-    level = float(np.median((low + high)[seen] / 2)) if seen.any() else 0.0
+    level = _level(zip(low[seen], high[seen], strict=True))
     return slow_parts(np.maximum(np.clip(level, low, high), least), names)
 
 
+def _parts(judged: Mapping[Pair, tuple[Measured, Measured]], level: float) -> dict[str, float]:
+    """By receiver: the part of the latency with which the middle one of what came there is nearest to the level."""
+    cells: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
+    for (_, receiver), cell in judged.items():
+        cells[receiver].append(cell)
+
+    def distance(receiver: str, part: float) -> tuple[float, float]:
+        middle = statistics.median_low(_beyond(cell, part) for cell in cells[receiver])
+        return round(abs(middle - level), 9), abs(part - 0.5)
+
+    return {name: min(_PARTS, key=lambda part: distance(name, part)) for name in cells}
+
+
+def _level(bounds: Iterable[tuple[float, float]]) -> float:
+    middles = [(low + high) / 2 for low, high in bounds]
+    return float(np.median(middles)) if middles else 0.0
+
+
+def _bounds(cell: tuple[Measured, Measured], least: float, most: float) -> tuple[float, float]:
+    """Between what parts of the latency, how far it is beyond what was to be expected."""
+    one, other = _beyond(cell, least), _beyond(cell, most)
+    return min(one, other), max(one, other)
+
+
+def _beyond(cell: tuple[Measured, Measured], part: float) -> float:
+    """The logarithm of its seconds over those that were to be expected with this part of the latency."""
+    (carried, seconds, _), usual = cell
+    return seconds - _expected(carried, usual, part)
+
+
+def _expected(carried: float, usual: Measured, part: float) -> float:
+    """The logarithm of the seconds that so many bytes take, if this part of the most that can be latency was."""
+    before, took, latency = usual
+    whole = math.exp(took)
+    waits = part * min(latency, whole)
+    return math.log(waits + (whole - waits) * math.exp(carried - before))
+
+
 def _middle(values: Iterable[Measured]) -> Measured:
-    carried, seconds = zip(*values, strict=True)
-    return statistics.median(carried), statistics.median(seconds)
+    carried, seconds, latency = zip(*values, strict=True)
+    return statistics.median(carried), statistics.median(seconds), statistics.median(latency)
 
 
 def _more(measured: Measured, usual: Measured) -> float:
     """Seconds beyond what can be expected of so many bytes."""
-    (carried, seconds), (before, took) = measured, usual
-    return math.exp(seconds) - math.exp(took + max(0.0, carried - before))
+    return math.exp(measured[1]) - math.exp(max(_expected(measured[0], usual, part) for part in (0.0, 1.0)))
 
 
 def _less(log: float, seconds: float) -> float:

@@ -1799,6 +1799,7 @@ def test_who_was_cut_off_from_all_has_no_cut_paths_once_it_is_back() -> None:
     lost(world, peers, "a", "c")
     wait(world, 1, peers["a"], peers["b"])
     assert verdicts(world) == {("silent", ("c",))}
+    lost(world, peers, "b", "c")  # a little later than the silence is noticed
     for other in "ab":
         lost(world, peers, "c", other)  # it comes through at last
     world.tick(0.1)
