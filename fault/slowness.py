@@ -37,6 +37,7 @@ Measured = tuple[float, float, float]
 """Logarithms of bytes and of seconds, and the most of these seconds that can be latency."""
 _TRIPS, _LITTLE = 2.0, 0.01  # of latency: round trips until all has begun to come, and seconds of anything else
 _ALIKE = 0.35  # by so much of it, the latencies of what goes to one peer may differ
+_CHANGED = 0.1  # in the logarithm of the bytes: by less, it makes no difference what is latency
 _PARTS = tuple(step / 8 for step in range(9))
 
 
@@ -123,12 +124,11 @@ def _slow(
     """Of what was measured, beside what is usual. least: below which nothing counts."""
     index = {name: i for i, name in enumerate(names)}
     low, high = np.full((2, len(names), len(names)), np.nan)
-    level = _level([_bounds(each, 0.0, 1.0) for each in judged.values()])
+    level = _level(map(_bounds, judged.values()))
     parts = _parts(judged, level)
     for (sender, receiver), cell in judged.items():
-        part = parts[receiver]
-        known = cell[1][2] < 0.999 * math.exp(cell[1][1])
-        bounds = _bounds(cell, max(0.0, part - _ALIKE), min(1.0, part + _ALIKE)) if known else _bounds(cell, 0.0, 1.0)
+        part = parts.get(receiver, 0.5) if _tells(cell) else None
+        bounds = _bounds(cell) if part is None else _bounds(cell, max(0.0, part - _ALIKE), min(1.0, part + _ALIKE))
         low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
     seen = np.isfinite(low)
     level = _level(zip(low[seen], high[seen], strict=True))
@@ -139,7 +139,8 @@ def _parts(judged: Mapping[Pair, tuple[Measured, Measured]], level: float) -> di
     """By receiver: the part of the latency with which the middle one of what came there is nearest to the level."""
     cells: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
     for (_, receiver), cell in judged.items():
-        cells[receiver].append(cell)
+        if _tells(cell):
+            cells[receiver].append(cell)
 
     def distance(receiver: str, part: float) -> tuple[float, float]:
         middle = statistics.median_low(_beyond(cell, part) for cell in cells[receiver])
@@ -148,12 +149,18 @@ def _parts(judged: Mapping[Pair, tuple[Measured, Measured]], level: float) -> di
     return {name: min(_PARTS, key=lambda part: distance(name, part)) for name in cells}
 
 
+def _tells(cell: tuple[Measured, Measured]) -> bool:
+    """Whether the plan has changed for it, and its round trip is known."""
+    (carried, _, _), (before, took, latency) = cell
+    return abs(carried - before) > _CHANGED and latency < 0.999 * math.exp(took)
+
+
 def _level(bounds: Iterable[tuple[float, float]]) -> float:
     middles = [(low + high) / 2 for low, high in bounds]
     return float(np.median(middles)) if middles else 0.0
 
 
-def _bounds(cell: tuple[Measured, Measured], least: float, most: float) -> tuple[float, float]:
+def _bounds(cell: tuple[Measured, Measured], least: float = 0.0, most: float = 1.0) -> tuple[float, float]:
     """Between what parts of the latency, how far it is beyond what was to be expected."""
     one, other = _beyond(cell, least), _beyond(cell, most)
     return min(one, other), max(one, other)
