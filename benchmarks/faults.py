@@ -150,6 +150,11 @@ class Watch:
         shares = plan.get("shares", "equal")
         return isinstance(shares, str) or float(shares.get(receiver, 0.0)) > 0.1
 
+    def rounds_of_plan(self) -> int:
+        """How many have been committed since the plan changed."""
+        last = max((each["monotonic"] for each in self.since(0.0, "plan.changed")), default=0.0)
+        return len(self.commits(last))
+
     def lost_rounds(self) -> int:
         """Numbers that were given up, or are missing between others."""
         numbers = {each["round"] for each in self.since(0.0, "round.committed")}
@@ -235,8 +240,11 @@ class Crew:
 
     # --- how they are -------------------------------------------------------------------------------------------------
 
-    def settle(self, rounds: int, past: int = 0) -> None:
-        """Until all have been in so many rounds from now on, `past` in their lives, and nothing is said to be wrong."""
+    def settle(self, rounds: int, past: int = 0, *, planned: bool = False) -> None:
+        """Until all have been in so many rounds from now on, `past` in their lives, and nothing is said to be wrong.
+
+        planned: and as many rounds under the plan of now, for as long as the detector needs to know a plan.
+        """
         began = time.monotonic()
 
         def well() -> bool:
@@ -244,7 +252,8 @@ class Crew:
             now, lives = time.monotonic(), [self.watch.joined(name) for name in NAMES]
             enough = all(self.watch.rounds_of(name, began) >= rounds for name in NAMES)
             known = all(self.watch.rounds_of(name, 0.0) >= past for name in NAMES) and now - max(lives) > past
-            return enough and known and (not self._wrong or now - began > CLEARED)
+            steady = not planned or self.watch.rounds_of_plan() >= past
+            return enough and known and steady and (not self._wrong or now - began > CLEARED)
 
         if not self.watch.until(well):
             raise BenchmarkError(f"not all are well again after {PATIENCE:g} s: {sorted(self.watch.standing)}")
@@ -375,7 +384,7 @@ KINDS = (
 
 def inject(crew: Crew, kind: Kind, turn: int) -> Injection:
     """One fault into a run that is well, until all are well again."""
-    crew.settle(2, kind.past)
+    crew.settle(2, kind.past, planned=kind.whom == "link")
     culprits, watch = crew.whom(kind, turn), crew.watch
     found, right = Injection(kind.title, culprits), {(name, culprits) for name in kind.names}
     watch.until(lambda: not right & watch.standing)  # of the last time
@@ -483,7 +492,10 @@ def clean(crew: Crew, report: Report, arguments: argparse.Namespace) -> list[str
     crew.watch.until(lambda: False, arguments.clean)
     false = [key for _, key in crew.watch.verdicts(0.0)]
     rounds, seconds = len(crew.watch.commits(began)), time.monotonic() - began
-    report.add((f"{seconds:.0f}", str(rounds), str(len(false)), told_of(false)), verdicts=false, seconds=seconds)
+    plans = len(list(crew.watch.since(began, "plan.changed")))
+    report.add(
+        (f"{seconds:.0f}", str(rounds), str(plans), str(len(false)), told_of(false)), verdicts=false, seconds=seconds
+    )
     return ended(crew, report)
 
 
@@ -578,7 +590,7 @@ def question(arguments: argparse.Namespace) -> tuple[str, Sequence[str], Callabl
     if arguments.goodput:
         return "Goodput under kills", ("run", "tokens/s: median (min-max)", "of undisturbed"), goodput
     if arguments.clean:
-        return "A clean run", ("s", "rounds", "false verdicts", "which"), clean
+        return "A clean run", ("s", "rounds", "changes of plan", "false verdicts", "which"), clean
     return "Faults, named", COLUMNS, confused
 
 

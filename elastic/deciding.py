@@ -99,7 +99,6 @@ class Rounds:
         for operation in list(self.operations.values()):
             self.consider(operation, now)
         self._drop_old_cuts(now)
-        self.routes.refresh(now)
 
     def postpone(self, seconds: float) -> None:
         """The coordinator itself stood still for so long: nobody's time ran."""

@@ -206,6 +206,7 @@ class Membership:
         self._vacancies.tick(now)
         self.watching.tick(self.rounds.cuts, now)
         self._isolate(now)
+        self.rounds.routes.refresh(now, judging=self.watching.judging)
         self._roster.returning = {name: until for name, until in self._roster.returning.items() if now <= until}
         return self._roster.take()
 

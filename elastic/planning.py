@@ -23,6 +23,7 @@ from .rounds import Pair, executed, extent
 
 LOSSLESS = ("f32", "raw")
 REPLAN_SECONDS = 1.0
+KEPT_SECONDS = 20.0  # for which plans stay at the most while it is being judged what slows them
 KEPT_PLANS = 32
 PLANNED_AT_ONCE = 8  # peers: for so many, planning takes a few milliseconds
 PLANNED_AT_ALL = 64
@@ -67,8 +68,9 @@ class Routes:
         self._links: dict[tuple[str, str], LinkReport] = {}
         self._planner = topology.Planner(KEPT_PLANS)
         self._plans: OrderedDict[Job, Plan] = OrderedDict()
-        self._moved = False
+        self._moved = self._at_once = False
         self._next = 0.0
+        self._judged_since: float | None = None
         self._avoided: frozenset[tuple[str, tuple[str, ...]]] = frozenset()
         self._probed: set[str] = set()
         self._shunned: frozenset[Pair] = frozenset()
@@ -89,9 +91,17 @@ class Routes:
         self._links = {pair: link for pair, link in self._links.items() if name not in pair}
         self._plans = OrderedDict((job, plan) for job, plan in self._plans.items() if name not in job.names)
 
-    def refresh(self, now: float) -> None:
-        """Makes all plans anew if measurements have moved; more seldom the more there is to do."""
-        if self._moved and now >= self._next:
+    def refresh(self, now: float, *, judging: bool = False) -> None:
+        """Makes all plans anew if measurements have moved; more seldom the more there is to do.
+
+        judging: it is not known yet what is slow under the plans of now. They stay until it is, for a while: else what
+        there is to be seen would be planned away.
+        """
+        since = self._judged_since if self._judged_since is not None else now
+        self._judged_since = since if judging else None
+        stay = judging and now - since < KEPT_SECONDS and not self._at_once
+        if self._moved and now >= self._next and not stay:
+            self._at_once = False
             largest = max((len(job.names) for job in self._plans), default=0)
             self._next = now + REPLAN_SECONDS * max(1, largest / PLANNED_AT_ONCE)
             self._moved = False
@@ -107,7 +117,7 @@ class Routes:
         found = frozenset((verdict.kind, culprits) for culprits, verdict in verdicts.items())
         if found == self._avoided:
             return
-        self._avoided, self._moved, self._next = found, True, 0.0
+        self._avoided, self._moved, self._at_once, self._next = found, True, True, 0.0
         cut = (CORRUPT, STALLED)
         self._shunned = frozenset(frozenset(culprits) for kind, culprits in found if kind in cut)
         slow = {name for kind, culprits in found if kind not in cut for name in culprits}

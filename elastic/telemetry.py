@@ -153,7 +153,7 @@ class Telemetry:
                 self.exchanged = _added(self.exchanged, record)
             for link in record.links:
                 if link.own_bytes:
-                    crossing = Crossing(peer=link.peer, bytes=link.own_bytes, seconds=link.own_seconds, rtt=link.rtt)
+                    crossing = Crossing(peer=link.peer, bytes=link.own_bytes, seconds=link.own_seconds)
                     self._keep(self._crossings, crossing)
 
     def stepped(self, seconds: float) -> None:

@@ -142,6 +142,11 @@ class Watching:
         self._measured = self._detector.look(now, self._silent)
         self._say(now)
 
+    @property
+    def judging(self) -> bool:
+        """Whether more is to be seen of links under the plans that they are used by now."""
+        return self._detector.judging
+
     def _say(self, now: float) -> None:
         """What is new, and what is over."""
         before = {verdict.key: verdict for verdict in self.verdicts}

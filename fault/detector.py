@@ -49,7 +49,7 @@ class Detector:
     # --- in -----------------------------------------------------------------------------------------------------------
 
     def crossed(self, receiver: str, crossing: Crossing, at: float) -> None:
-        self._slowness.observe(crossing.peer, receiver, crossing.bytes, crossing.seconds, at, rtt=crossing.rtt)
+        self._slowness.observe(crossing.peer, receiver, crossing.bytes, crossing.seconds, at)
 
     def stepped(self, peer: str, seconds: float, at: float) -> None:
         """The median of its inner steps lately."""
@@ -95,6 +95,11 @@ class Detector:
             self._gradients[key[0]].round(given, began)
         standing = self._hangs.look(at, silent)
         return tuple(sorted((*standing, *self._verdicts()), key=lambda verdict: verdict.key))
+
+    @property
+    def judging(self) -> bool:
+        """Whether more is to be seen of links under the plans that they are used by now."""
+        return self._slowness.judging
 
     def _verdicts(self) -> Iterator[Verdict]:
         for slow, since in self._slowness.slow.values():

@@ -82,6 +82,11 @@ class Persisting(Generic[Key, Value]):
             del self._streaks[key]
 
     @property
+    def unsure(self) -> bool:
+        """Whether something has been found that is not confirmed."""
+        return not self._streaks.keys() <= self.confirmed.keys()
+
+    @property
     def suspects(self) -> set[Key]:
         """Found in the last look, or confirmed."""
         return {*self._streaks, *self.confirmed}

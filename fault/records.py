@@ -10,15 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """How long another peer's own numbers took to come here, in one operation, from when everyone was ready.
-
-    rtt: seconds of a round trip on the link, the shortest lately; 0.0: not known.
-    """
+    """How long another peer's own numbers took to come here, in one operation, from when everyone was ready."""
 
     peer: str
     bytes: int
     seconds: float
-    rtt: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

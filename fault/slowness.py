@@ -4,12 +4,11 @@ One window is what came in since the last: often one operation per pair. A cell 
 links over a WAN differ by nature; what it was while it was known to be slow does not become its past. What
 `delays.slow_parts` finds in several windows running is confirmed, and cleared when it has not been found for as many.
 
-How much an operation carries over a link changes with its plan, and nobody knows exactly which part of a delay is
-latency and which goes with the bytes. Latency is at least nothing, and at most two round trips and a little, where that
-time is known, else all of it. So what was to be expected lies between in proportion to the bytes, and that for all
-beyond the latency; within these bounds, a cell is taken to be as all are in the middle. All that go to one peer have
-got the same change of plan: where their round trips are known, the part of the latency that explains the middle one of
-them is about what explains the others.
+How much an operation carries over a link changes with its plan, and so does what else is on its way. So a window is
+judged by those of the past in which the peers' shares were about the same; while too few are known, nothing is said,
+and plans should not change while something is suspected (`judging`). Nobody knows which part of a delay is latency and
+which goes with the bytes: what was to be expected lies between as long as before and in proportion to the bytes; within
+these bounds, a cell is taken to be as all are in the middle.
 
 What slows everybody is nobody's, whether it makes all delays so many times as long, or longer by about as many seconds
 (busy machines do, and then the shortest seem to be hit most). Nor is it slow to be as before while all others become
@@ -33,12 +32,10 @@ from .robust import FACTOR
 
 Pair = tuple[str, str]
 Culprit = tuple[str, tuple[str, ...]]
-Measured = tuple[float, float, float]
-"""Logarithms of bytes and of seconds, and the most of these seconds that can be latency."""
-_TRIPS, _LITTLE = 2.0, 0.01  # of latency: round trips until all has begun to come, and seconds of anything else
-_ALIKE = 0.35  # by so much of it, the latencies of what goes to one peer may differ
-_CHANGED = 0.1  # in the logarithm of the bytes: by less, it makes no difference what is latency
-_PARTS = tuple(step / 8 for step in range(9))
+Measured = tuple[float, float]
+"""Logarithms of bytes and of seconds."""
+_ALIKE = 0.1
+"""Of two windows: the part of all bytes that went to other peers."""
 
 
 @dataclass(slots=True)
@@ -48,7 +45,8 @@ class Slowness:
     patience: Patience = field(default_factory=Patience)
     windows: int = 0
     _now: dict[Pair, list[Measured]] = field(default_factory=lambda: defaultdict(list))
-    _past: dict[Pair, deque[Measured]] = field(default_factory=dict)
+    _past: dict[Pair, deque[tuple[int, Measured]]] = field(default_factory=dict)
+    _plans: dict[int, dict[str, float]] = field(default_factory=dict)
     _began: float | None = None
     _persisting: Persisting[Culprit, Slow] = field(init=False)
 
@@ -60,12 +58,15 @@ class Slowness:
         """What is confirmed, with its newest numbers and since when."""
         return self._persisting.confirmed
 
-    def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float, *, rtt: float = 0.0) -> None:
-        """So many bytes came from one to the other in so many seconds, measured by the receiver alone. rtt: 0.0: not
-        known."""
+    @property
+    def judging(self) -> bool:
+        """Whether more is to be seen under the same plan: a window is open, or something is suspected."""
+        return self._began is not None or self._persisting.unsure
+
+    def observe(self, sender: str, receiver: str, carried: int, seconds: float, at: float) -> None:
+        """So many bytes came from one to the other in so many seconds, measured by the receiver alone."""
         if carried >= self.patience.least_bytes and 0 < seconds < math.inf:
-            latency = min(seconds, _TRIPS * rtt + _LITTLE) if rtt > 0 else seconds
-            self._now[sender, receiver].append((math.log(carried), math.log(seconds), latency))
+            self._now[sender, receiver].append((math.log(carried), math.log(seconds)))
             self._began = at if self._began is None else self._began
 
     def look(self, at: float) -> None:
@@ -74,23 +75,30 @@ class Slowness:
         if self._began is None or at - self._began < lasting:
             return
         logs = {pair: _middle(values) for pair, values in self._now.items()}
-        found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs)}
-        self._persisting.window(found, self._began, unseen=lambda key: _unseen(key, logs, found))
+        self._plans[self.windows] = shares = _shares(logs)
+        usual = self._usual(logs.keys(), shares)
+        found = {(slow.kind, slow.culprits): slow for slow in self._judge(logs, usual)}
+        self._persisting.window(found, self._began, unseen=lambda key: _unseen(key, usual, found))
         self._learn(logs)
         self.windows += 1
         self._now.clear()
         self._began = None
 
-    def _judge(self, logs: Mapping[Pair, Measured]) -> tuple[Slow, ...]:
-        usual = {pair: _middle(past) for pair, past in self._past.items() if len(past) >= self.patience.needed}
-        judged = {pair: (logs[pair], usual[pair]) for pair in logs.keys() & usual.keys()}
+    def _usual(self, pairs: Iterable[Pair], shares: Mapping[str, float]) -> dict[Pair, Measured]:
+        """Of each pair that has been seen often enough under about these shares."""
+        alike = {window for window, then in self._plans.items() if _apart(then, shares) <= _ALIKE}
+        past = {pair: [value for at, value in self._past.get(pair, ()) if at in alike] for pair in pairs}
+        return {pair: _middle(values) for pair, values in past.items() if len(values) >= self.patience.needed}
+
+    def _judge(self, logs: Mapping[Pair, Measured], usual: Mapping[Pair, Measured]) -> tuple[Slow, ...]:
+        judged = {pair: (logs[pair], usual[pair]) for pair in usual}
         names = sorted({name for pair in logs for name in pair})
         found = _slow(judged, names)
         if not found:
             return ()
         more = sorted(_more(*each) for each in judged.values())
         allowed = FACTOR * max(0.0, more[len(more) // 4])  # what three in four have; two slow peers of four are half
-        less = {pair: ((b, _less(s, allowed), wait), before) for pair, ((b, s, wait), before) in judged.items()}
+        less = {pair: ((b, _less(s, allowed)), before) for pair, ((b, s), before) in judged.items()}
         still = {(slow.kind, slow.culprits) for slow in _slow(less, names, least=0.0)}
         return tuple(slow for slow in found if (slow.kind, slow.culprits) in still)
 
@@ -102,7 +110,9 @@ class Slowness:
         links = {culprits for _, culprits in known if len(culprits) == 2}
         for pair, value in logs.items():
             if pair not in links and peers.isdisjoint(pair):
-                self._past.setdefault(pair, deque(maxlen=self.patience.history)).append(value)
+                self._past.setdefault(pair, deque(maxlen=self.patience.history)).append((self.windows, value))
+        known = {at for past in self._past.values() for at, _ in past}
+        self._plans = {window: shares for window, shares in self._plans.items() if window in known}
 
     def forget(self, name: str) -> None:
         """This peer has gone: its next life is measured anew."""
@@ -112,10 +122,27 @@ class Slowness:
         self._persisting.forget(lambda key: name in key[1])
 
 
-def _unseen(key: Culprit, logs: Mapping[Pair, Measured], found: Mapping[Culprit, Slow]) -> bool:
-    """Whether the window says nothing of this link: it was not used, or stood out with no other beside it."""
+def _unseen(key: Culprit, usual: Mapping[Pair, Measured], found: Mapping[Culprit, Slow]) -> bool:
+    """Whether the window says nothing of this peer or link: it was not used, or not yet under this plan; or the link
+    stood out with no other beside it."""
     _, culprits = key
-    return len(culprits) == 2 and (culprits not in logs or ("ambiguous", culprits) in found)
+    if len(culprits) == 1:
+        return not any(culprits[0] in pair for pair in usual)
+    return culprits not in usual or ("ambiguous", culprits) in found
+
+
+def _shares(logs: Mapping[Pair, Measured]) -> dict[str, float]:
+    """Which part of the bytes of a middle sender went to whom: the plan, as it was seen."""
+    came: dict[str, list[float]] = defaultdict(list)
+    for (_, receiver), (carried, _) in logs.items():
+        came[receiver].append(math.exp(carried))
+    middles = {receiver: statistics.median(carried) for receiver, carried in came.items()}
+    whole = sum(middles.values())
+    return {receiver: middle / whole for receiver, middle in middles.items()}
+
+
+def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    return sum(abs(one.get(name, 0.0) - other.get(name, 0.0)) for name in one.keys() | other.keys()) / 2
 
 
 def _slow(
@@ -124,70 +151,23 @@ def _slow(
     """Of what was measured, beside what is usual. least: below which nothing counts."""
     index = {name: i for i, name in enumerate(names)}
     low, high = np.full((2, len(names), len(names)), np.nan)
-    level = _level(map(_bounds, judged.values()))
-    parts = _parts(judged, level)
-    for (sender, receiver), cell in judged.items():
-        part = parts.get(receiver, 0.5) if _tells(cell) else None
-        bounds = _bounds(cell) if part is None else _bounds(cell, max(0.0, part - _ALIKE), min(1.0, part + _ALIKE))
+    for (sender, receiver), ((carried, seconds), (before, took)) in judged.items():
+        bounds = sorted((seconds - took, seconds - took - (carried - before)))
         low[index[sender], index[receiver]], high[index[sender], index[receiver]] = bounds
     seen = np.isfinite(low)
-    level = _level(zip(low[seen], high[seen], strict=True))
+    level = float(np.median((low + high)[seen] / 2)) if seen.any() else 0.0
     return slow_parts(np.maximum(np.clip(level, low, high), least), names)
 
 
-def _parts(judged: Mapping[Pair, tuple[Measured, Measured]], level: float) -> dict[str, float]:
-    """By receiver: the part of the latency with which the middle one of what came there is nearest to the level."""
-    cells: dict[str, list[tuple[Measured, Measured]]] = defaultdict(list)
-    for (_, receiver), cell in judged.items():
-        if _tells(cell):
-            cells[receiver].append(cell)
-
-    def distance(receiver: str, part: float) -> tuple[float, float]:
-        middle = statistics.median_low(_beyond(cell, part) for cell in cells[receiver])
-        return round(abs(middle - level), 9), abs(part - 0.5)
-
-    return {name: min(_PARTS, key=lambda part: distance(name, part)) for name in cells}
-
-
-def _tells(cell: tuple[Measured, Measured]) -> bool:
-    """Whether the plan has changed for it, and its round trip is known."""
-    (carried, _, _), (before, took, latency) = cell
-    return abs(carried - before) > _CHANGED and latency < 0.999 * math.exp(took)
-
-
-def _level(bounds: Iterable[tuple[float, float]]) -> float:
-    middles = [(low + high) / 2 for low, high in bounds]
-    return float(np.median(middles)) if middles else 0.0
-
-
-def _bounds(cell: tuple[Measured, Measured], least: float = 0.0, most: float = 1.0) -> tuple[float, float]:
-    """Between what parts of the latency, how far it is beyond what was to be expected."""
-    one, other = _beyond(cell, least), _beyond(cell, most)
-    return min(one, other), max(one, other)
-
-
-def _beyond(cell: tuple[Measured, Measured], part: float) -> float:
-    """The logarithm of its seconds over those that were to be expected with this part of the latency."""
-    (carried, seconds, _), usual = cell
-    return seconds - _expected(carried, usual, part)
-
-
-def _expected(carried: float, usual: Measured, part: float) -> float:
-    """The logarithm of the seconds that so many bytes take, if this part of the most that can be latency was."""
-    before, took, latency = usual
-    whole = math.exp(took)
-    waits = part * min(latency, whole)
-    return math.log(waits + (whole - waits) * math.exp(carried - before))
-
-
 def _middle(values: Iterable[Measured]) -> Measured:
-    carried, seconds, latency = zip(*values, strict=True)
-    return statistics.median(carried), statistics.median(seconds), statistics.median(latency)
+    carried, seconds = zip(*values, strict=True)
+    return statistics.median(carried), statistics.median(seconds)
 
 
 def _more(measured: Measured, usual: Measured) -> float:
     """Seconds beyond what can be expected of so many bytes."""
-    return math.exp(measured[1]) - math.exp(max(_expected(measured[0], usual, part) for part in (0.0, 1.0)))
+    (carried, seconds), (before, took) = measured, usual
+    return math.exp(seconds) - math.exp(took + max(0.0, carried - before))
 
 
 def _less(log: float, seconds: float) -> float:

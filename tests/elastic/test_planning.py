@@ -16,6 +16,7 @@ from collectives.tuning import FINE, FINEST
 from collectives.wires import WIRES
 from elastic.messages import LinkReport, OperationSpec
 from elastic.planning import (
+    KEPT_SECONDS,
     MAX_RUNS,
     PLANNED_AT_ALL,
     WIRE_BYTES,
@@ -28,6 +29,7 @@ from elastic.planning import (
     valid_wires,
 )
 from elastic.rounds import Pair
+from fault.verdicts import RECEIVER, Verdict
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 SPEC = OperationSpec(op="mean", dtype="float32", elements=1 << 20, wire="f32", algorithm="all_reduce")
@@ -97,6 +99,37 @@ def test_equal_or_unmeasured_links_give_exactly_equal_shares(goodput: float, cou
     for now in range(3):
         assert routes.find(SPEC, names, ()).shares == (1.0 / count,) * count
         routes.refresh(float(now))
+
+
+def test_plans_stay_while_it_is_judged_what_is_slow_but_not_for_ever() -> None:
+    routes, names = Routes(), ("a", "b", "c")
+    for name in names:
+        routes.learn(name, links(1e7), names)
+    before = routes.find(SPEC, names, ())
+    routes.refresh(1.0)
+    for name in ("a", "b"):
+        routes.learn(name, links(1e5, names=("c",)), names)
+    for now in range(2, 20):
+        routes.refresh(float(now), judging=True)
+        assert routes.find(SPEC, names, ()) is before
+    routes.refresh(2.0 + KEPT_SECONDS, judging=True)
+    assert routes.find(SPEC, names, ()).shares != before.shares
+
+
+def test_what_is_found_is_planned_around_at_once_though_more_is_judged() -> None:
+    routes, names = Routes(), ("a", "b", "c")
+    for name in names:
+        routes.learn(name, links(1e7), names)
+    routes.refresh(1.0)
+    before = routes.find(SPEC, names, ())
+    for name in ("a", "b"):
+        routes.learn(name, links(1e5, names=("c",)), names)
+    routes.refresh(2.0, judging=True)
+    assert routes.find(SPEC, names, ()) is before
+    slow = Verdict(kind=RECEIVER, culprits=("c",), since=0.0, confidence=1.0, evidence={})
+    routes.avoid({("c",): slow})
+    routes.refresh(2.5, judging=True)
+    assert routes.find(SPEC, names, ()).shares != before.shares
 
 
 def test_paths_that_are_faster_than_their_hosts_are_equal() -> None:
