@@ -141,14 +141,13 @@ class Watch:
     def rounds_of(self, name: str, since: float) -> int:
         return sum(name in each["contributors"] for each in self.commits(max(since, self.joined(name))))
 
-    def carries(self, sender: str, receiver: str) -> bool:
-        """Whether contributions go this way, by the plan of the moment: along a tree only to the parent, else to
-        whoever adds up more than a tenth of what is exchanged."""
-        plan = next((each for each in reversed(self.events) if each["event"] == "plan.changed"), {"shares": "equal"})
-        if "parents" in plan:
-            return bool(plan["parents"].get(sender) == receiver)
-        shares = plan.get("shares", "equal")
-        return isinstance(shares, str) or float(shares.get(receiver, 0.0)) > 0.1
+    def carries(self, receiver: str) -> bool:
+        """Whether others send this peer more than a tenth of their numbers to be added up: by a direct plan, for of a
+        ring or a tree nobody times single links."""
+        plan = next((each for each in reversed(self.events) if each["event"] == "plan.changed"), None)
+        if plan is None or isinstance(plan["shares"], str):
+            return True
+        return plan["pattern"] == "direct" and float(plan["shares"].get(receiver, 0.0)) > 0.1
 
     def rounds_of_plan(self) -> int:
         """How many have been committed since the plan changed."""
@@ -252,7 +251,7 @@ class Crew:
             now, lives = time.monotonic(), [self.watch.joined(name) for name in NAMES]
             enough = all(self.watch.rounds_of(name, began) >= rounds for name in NAMES)
             known = all(self.watch.rounds_of(name, 0.0) >= past for name in NAMES) and now - max(lives) > past
-            steady = not planned or self.watch.rounds_of_plan() >= past
+            steady = not planned or (self.watch.rounds_of_plan() >= past and any(map(self.watch.carries, NAMES)))
             return enough and known and steady and (not self._wrong or now - began > CLEARED)
 
         if not self.watch.until(well):
@@ -275,7 +274,7 @@ class Crew:
         """The culprits of this turn."""
         away = [name for name in NAMES if self.place[name].site != self._home.site] if self.wan else list(NAMES)
         if kind.whom == "link":
-            pairs = [pair for pair in permutations(NAMES, 2) if self.watch.carries(*pair)]
+            pairs = [pair for pair in permutations(NAMES, 2) if self.watch.carries(pair[1])]
             return pairs[turn * 5 % len(pairs)]
         if kind.whom == "pair":
             return tuple(sorted(away[(turn + i) % len(away)] for i in range(2)))

@@ -10,6 +10,7 @@ asks the outer loops about the state that a proposal was measured from, and the 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -82,6 +83,7 @@ class Rounds:
         self._told: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._link_breaks: dict[Pair, int] = {}
         self._told_cut: dict[Pair, dict[str, float]] = {}
+        self._unheard: dict[str, float] = {}
         self._rounds: dict[str, int] = {}
         self._attempts: dict[str, tuple[int, int]] = {}
         self._decided: dict[tuple[str, str], tuple[int, int, Message]] = {}
@@ -595,27 +597,34 @@ class Rounds:
         for pair in {frozenset((who, f.peer)) for who, lost in operation.failures.items() for f in lost}:
             self._link_breaks[pair] = self._link_breaks.get(pair, 0) + 1
         for pair in rounds.lasting_cuts(operation.failures, alive, self._link_breaks):
-            self.cuts[pair] = now + CUT_RETRY_SECONDS
-            self._roster.emit("link.cut", peers=sorted(pair))
+            self._cut(pair, now)
 
     def broke(self, name: str, failure: LinkFailure, now: float) -> None:
         """A link of this member has failed, in an attempt or between them. If both ends say within `chunk` that nothing
-        gets through, and both are heard here, the path between them is cut, though no attempt may need it now."""
+        gets through, and neither was silent here meanwhile, their path is cut, though no attempt may need it now."""
         pair = frozenset((name, failure.peer))
-        if failure.evidence not in ("timeout", "unreachable") or any(self._roster.members[n].silent for n in pair):
+        if failure.evidence not in ("timeout", "unreachable") or any(self._was_unheard(each, now) for each in pair):
             return
         told = self._told_cut.setdefault(pair, {})
         told[name] = now
         if len(told) == 2 and now - min(told.values()) <= self._timeouts.chunk:
-            if pair not in self.cuts:
-                self._roster.emit("link.cut", peers=sorted(pair))
-            self.cuts[pair] = now + CUT_RETRY_SECONDS
+            self._cut(pair, now)
 
-    def unheard(self, name: str) -> None:
-        """This member is silent: what is cut may be all of its paths, and that is no fault of one of them."""
+    def unheard(self, name: str, now: float) -> None:
+        """This member is silent, or was until now: what is cut may be all of its paths, and is no fault of one."""
         self._told_cut = {pair: told for pair, told in self._told_cut.items() if name not in pair}
+        self._unheard[name] = now
+
+    def _was_unheard(self, name: str, now: float) -> bool:
+        return self._roster.members[name].silent or now - self._unheard.get(name, -math.inf) <= self._timeouts.chunk
+
+    def _cut(self, pair: Pair, now: float) -> None:
+        if pair not in self.cuts:
+            self._roster.emit("link.cut", peers=sorted(pair))
+        self.cuts[pair] = now + CUT_RETRY_SECONDS
 
     def _drop_old_cuts(self, now: float) -> None:
+        self._unheard = {name: at for name, at in self._unheard.items() if now - at <= self._timeouts.chunk}
         for pair in [pair for pair, until in self.cuts.items() if until < now]:
             del self.cuts[pair]
             self._link_breaks.pop(pair, None)

@@ -288,7 +288,7 @@ class Membership:
             return
         self._roster.returning.pop(name, None)
         self.rounds.routes.forget(name)
-        self.rounds.unheard(name)
+        self.rounds.unheard(name, now)
         self.watching.forget(name)
         if event == "peer.evicted":
             self.watching.ended(name, now - state.since, now)
@@ -352,6 +352,7 @@ class Membership:
         state.last_heard = now
         if state.silent:
             state.silent = False
+            self.rounds.unheard(name, now)
             self._roster.emit("peer.recovered", peer=name)
             self.watching.back(name, now)
 
@@ -363,7 +364,7 @@ class Membership:
             # rule 3: silence costs the round, not the membership
             state.silent = True
             self._roster.emit("peer.suspected", peer=name, silence_seconds=round(silence, 3))
-            self.rounds.unheard(name)
+            self.rounds.unheard(name, now)
             self.watching.silent(name, silence, now)
 
     # --- what follows from verdicts -----------------------------------------------------------------------------------

@@ -1802,6 +1802,7 @@ def test_who_was_cut_off_from_all_has_no_cut_paths_once_it_is_back() -> None:
     lost(world, peers, "b", "c")  # a little later than the silence is noticed
     for other in "ab":
         lost(world, peers, "c", other)  # it comes through at last
+    lost(world, peers, "b", "c")  # and so does what b has to say
     world.tick(0.1)
     assert not verdicts(world)
 
