@@ -145,13 +145,18 @@ class LiveView:
 
 def header_line(run: str, snapshot: Snapshot, heldout: Sequence[float]) -> Text:
     line = Text.assemble(
-        (run, "bold"), f"  round {snapshot.round}/{snapshot.rounds_target}", f"  view {snapshot.epoch}",
+        (run, "bold"), f"  round {of_target(snapshot)}", f"  view {snapshot.epoch}",
         f"  {snapshot.elapsed_seconds:.0f} s", f"  contributors: {joined(snapshot.contributors)}",
     )  # fmt: skip
     if heldout:
         line.append(f"\nheld-out loss {heldout[-1]:.3f} nats/byte  ", style="bold")
         line.append(sparkline(heldout), style="cyan")
     return line
+
+
+def of_target(snapshot: Snapshot) -> str:
+    """How many rounds; out of how many, if there is a target."""
+    return f"{snapshot.round}/{snapshot.rounds_target}" if snapshot.rounds_target else str(snapshot.round)
 
 
 def progress_line(snapshot: Snapshot) -> Table:
@@ -228,7 +233,7 @@ def status_line(snapshot: Snapshot) -> str:
         f"{clean(peer.name)}: {clean(peer.state)} step {peer.step} loss {loss_text(peer.loss)}"
         for peer in snapshot.peers
     )
-    return f"round {snapshot.round}/{snapshot.rounds_target}  held-out {loss_text(snapshot.heldout_loss)}  {peers}"
+    return f"round {of_target(snapshot)}  held-out {loss_text(snapshot.heldout_loss)}  {peers}"
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
