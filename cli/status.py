@@ -6,13 +6,16 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import click
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +28,10 @@ from .view import STATE_STYLES, clean, human_bytes, joined, loss_text
 if TYPE_CHECKING:
     from elastic.messages import AuditReport, BarredReport, MemberReport, StatusReport, VerdictReport
 
+    Found: TypeAlias = tuple[StatusReport | None, AuditReport | None]
+
+WATCH_SECONDS = 1.0
+
 
 @click.command(epilog="Example: elastic status tcp://host:29400 --name c4-1b --shards")
 @click.argument("where", metavar="[TOKEN|tcp://HOST:PORT]", required=False)
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Audit this coordinator's journal instead of asking; it is only read, and may be in use.",
 )
+@click.option("--watch", "-w", is_flag=True, help="Show it anew every second, until Ctrl-C; with --json, a line each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--timeout",
@@ -44,30 +52,67 @@ if TYPE_CHECKING:
     help="Seconds to wait for the coordinator.",
 )
 def command(
-    where: str | None, name: str | None, shards: bool, journal: Path | None, as_json: bool, timeout: float
+    where: str | None, name: str | None, shards: bool, journal: Path | None, watch: bool, as_json: bool, timeout: float
 ) -> None:
     """Show a run's peers, its progress and its data.
 
     TOKEN is elastic://HOST:PORT/RUN or @FILE; without it, ELASTIC_JOIN counts. Exits with 0; with 3 if a sample counts
-    twice or is missing, 4 if the coordinator does not answer.
+    twice or is missing, 4 if the coordinator does not answer (with --watch: at the first look; later it is waited for).
     """
+
+    def look() -> Found:
+        return (None, _read(journal)) if journal else _ask(where, name, shards, timeout)
+
     try:
-        report, audit = (None, _read(journal)) if journal else _ask(where, name, shards, timeout)
+        report, audit = look()
     except CoordinatorUnavailable as error:
         _give_up(error, exits.NETWORK)
     except ConfigurationError as error:
         _give_up(error, exits.DATA if journal else exits.USAGE)
     except ElasticError as error:
         _give_up(error, exits.FAILED)
-    if as_json:
-        click.echo(json.dumps(_plain(report, audit)))
-    else:
-        _show(report, audit)
+    show = _show_as_json if as_json else _show
+    if watch:
+        with _picture() if not as_json and sys.stdout.isatty() else nullcontext((show, _complain)) as (show, complain):
+            _watch(look, show, complain)
+    show(report, audit)
     sys.exit(exits.OK if audit is None or audit.passed else exits.DATA)
 
 
-def _give_up(error: Exception, code: int) -> None:
+def _watch(look: Callable[[], Found], show: Callable[..., None], complain: Callable[[Exception], None]) -> NoReturn:
+    try:
+        while True:
+            try:
+                show(*look())
+            except CoordinatorUnavailable as error:  # it may come back
+                complain(error)
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        sys.exit(exits.INTERRUPTED)
+
+
+@contextmanager
+def _picture() -> Iterator[tuple[Callable[..., None], Callable[[Exception], None]]]:
+    """One that changes, on a terminal: what shows a report there, and what says that there is none."""
+    with Live(console=Console(highlight=False), auto_refresh=False, screen=True) as live:
+        last: list[Text | Table] = []
+
+        def show(*found: Any) -> None:
+            last[:] = _lines(*found)
+            live.update(Group(*last), refresh=True)
+
+        def complain(error: Exception) -> None:
+            live.update(Group(*last, Text(clean(str(error)), style="red")), refresh=True)
+
+        yield show, complain
+
+
+def _complain(error: Exception) -> None:
     click.echo(f"elastic status: {clean(str(error))}", err=True)
+
+
+def _give_up(error: Exception, code: int) -> NoReturn:
+    _complain(error)
     sys.exit(code)
 
 
@@ -133,10 +178,18 @@ def _finite(value: Any) -> Any:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
+def _show_as_json(report: StatusReport | None, audit: AuditReport | None) -> None:
+    click.echo(json.dumps(_plain(report, audit)))
+
+
 def _show(report: StatusReport | None, audit: AuditReport | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    for line in [*(_head(report) if report else ()), *(_account(audit) if audit else ())]:
+    for line in _lines(report, audit):
         console.print(line)
+
+
+def _lines(report: StatusReport | None, audit: AuditReport | None) -> list[Text | Table]:
+    return [*(_head(report) if report else ()), *(_account(audit) if audit else ())]
 
 
 def _head(report: StatusReport) -> Iterable[Text | Table]:

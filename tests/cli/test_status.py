@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,3 +169,51 @@ def test_what_does_not_name_a_run_is_a_usage_error(arguments: tuple[str, ...], w
 def test_another_run_is_named(served: Coordinator) -> None:
     result = status(served.address, "--name", "wheat")
     assert result.exit_code == exits.USAGE and "serves run 'corn'" in result.output
+
+
+# --- watched ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(address: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    command = [
+        sys.executable,
+        "-m",
+        "cli.main",
+        "status",
+        address,
+        "--name",
+        "corn",
+        "--watch",
+        "--timeout",
+        "1",
+        *words,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == exits.INTERRUPTED
+
+
+def test_a_run_is_watched_until_ctrl_c(training: Coordinator) -> None:
+    with watching(training.address, "--json") as process:
+        assert process.stdout is not None
+        reports = [json.loads(process.stdout.readline()) for _ in range(3)]
+    assert [each["run"] for each in reports] == ["corn"] * 3
+    assert {member["name"] for each in reports for member in each["members"]} == {"eu-1"}
+
+
+def test_a_coordinator_that_goes_away_is_waited_for(folder: Path) -> None:
+    options: dict[str, Any] = {"run": "corn", "policy": RunPolicy(), "timeouts": TIMES, "journal": folder / "journal"}
+    with ExitStack() as stack:
+        with Coordinator(**options) as first:
+            process = stack.enter_context(watching(first.address, "--json"))
+            assert process.stdout is not None and process.stderr is not None
+            assert json.loads(process.stdout.readline())["generation"] == 1
+        assert "no answer from the coordinator" in process.stderr.readline()
+        stack.enter_context(Coordinator(first.address, **options))
+        while json.loads(process.stdout.readline())["generation"] != 2:
+            pass
