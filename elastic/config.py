@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "ELASTIC_STRIPES": "TCP connections per link",
     "ELASTIC_LANES": "of a peer of several ranks: 1 (each has links of its own to other peers) or 0 (the leader alone)",
     "ELASTIC_EVENTS_DIR": "folder for this peer's event log",
+    "ELASTIC_RECORD": "of how many rounds the results are kept beside the event log, for elastic replay --verify",
     "ELASTIC_CHAOS": "folder from which this process takes orders for faults on purpose (elastic chaos)",
     "ELASTIC_WITNESS": "1 (a small process beside the peer tells if that ends or stands still) or 0 (there is none)",
 }

@@ -36,7 +36,7 @@ class EventLog:
         peer: str = "",
         on_failure: Callable[[OSError], None] = lambda error: None,
     ) -> None:
-        self._on_failure = on_failure
+        self.path, self._on_failure = path, on_failure
         self._common = {"run": run} | ({"peer": peer} if peer else {})
         self._lock = threading.Lock()
         self.dropped = 0

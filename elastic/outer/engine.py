@@ -27,6 +27,7 @@ from collectives.records import WireRun
 from ..chaos import tainted
 from ..checkpoints import Checkpoints
 from ..checkpoints.entries import Outer
+from ..config import environment
 from ..errors import (
     CheckpointMismatch,
     ConfigurationError,
@@ -63,6 +64,7 @@ from .flight import Exchange
 from .joining import Joining
 from .local import Local
 from .pace import Pace
+from .recorder import Recorder
 from .replica import Flight, Replica
 from .robust import Combining, Robust, encoded, encoded_size, sealed
 from .rule import Facts, Rule, check_delay, check_robust
@@ -146,6 +148,8 @@ class OuterLoop:
     joining, rewarm_steps: how the inner optimizer begins when this peer comes into a run that has begun: "rewarm",
     "donor" or "fresh" (`joining.py`); a checkpoint of this peer's own goes before. outer_device: where the outer
     state is and the outer step is made, for instance "cuda": the same bits as on the CPU. Peers need not agree in it.
+    record: of so many rounds, results are kept beside the peer's event log, for `elastic replay --verify`
+    (`recorder.py`); 0: of none. By default as ELASTIC_RECORD says.
 
     On entering, the peer fetches the run's outer state into the model, goes on from its newest checkpoint if nobody has
     anything newer, or founds the run with its own. When a round
@@ -185,6 +189,7 @@ class OuterLoop:
         joining: str = "rewarm",
         rewarm_steps: int = 100,
         outer_device: str | torch.device = "cpu",
+        record: int | None = None,
     ) -> None:
         _check_whole(max_staleness=max_staleness, keep_results=keep_results, fragments=fragments)
         if buffers not in ("local", "average"):
@@ -212,6 +217,7 @@ class OuterLoop:
         self.spec = _specified(rule, self.layout, gathered_in(wire) if gather_wire is None else check_wire(gather_wire))
         where = Checkpoints(checkpoints) if isinstance(checkpoints, str) else checkpoints
         self.saver = Saver(where, peer, tag, self.spec, self.layout, Local(inner, peer.ranks, tag)) if where else None
+        self.recorder = _recorder(record, peer, tag, rule, self.layout)
         self.steps = 0
         self.last_commit: Commit | None = None
         self.pace = Pace()
@@ -782,6 +788,8 @@ class OuterLoop:
         self._stepped_from = (before, mean, facts)
         self._adopt(self.replica.state)
         shelf.keep_result(commit, mean, self.keep_results)
+        if self.recorder:
+            self.recorder.committed(commit, before.next, mean, facts, self.version)
         self._counts["rounds"] += 1
         self._note(commit)
         if self.saver:
@@ -813,6 +821,7 @@ class OuterLoop:
         self.peer.finish(self.tag, commit.round)
         self.peer.events.emit(
             "round.applied",
+            tag=self.tag,
             round=commit.round,
             version=self.version.number,
             contributed=self.peer.name in commit.contributors,
@@ -950,6 +959,8 @@ class OuterLoop:
         self._state, self._led_by = base.state, base.digest
         self.joining.told(base)
         self._adopt(state)
+        if self.recorder:
+            self.recorder.began(state)
 
     def _fetch(self, base: Base, sources: list[Any]) -> bool:
         assert self._shelf is not None
@@ -1026,6 +1037,21 @@ class OuterLoop:
         self._doubts.clear()
         self._uncounted = state["uncounted"]
         self._adopt(self.replica.state)
+        if self.recorder:
+            self.recorder.began(self.version)
+
+
+def _recorder(rounds: int | None, peer: Peer, tag: str, rule: Rule, layout: Layout) -> Recorder | None:
+    """Raises ConfigurationError if the peer has no event log to keep the record beside."""
+    text = environment().get("ELASTIC_RECORD", "0")
+    if rounds is None and not text.isdecimal():
+        raise ConfigurationError(f"ELASTIC_RECORD is {text!r}: it must be a number of rounds, or 0")
+    wanted = int(text) if rounds is None else rounds
+    if not wanted or not peer.ranks.leads:
+        return None
+    if peer.events.path is None:
+        raise ConfigurationError("a record is kept beside the event log: set events_dir, or ELASTIC_EVENTS_DIR")
+    return Recorder(peer.events.path.parent, wanted, peer, tag, rule, layout)
 
 
 def _check_whole(**values: Any) -> None:
