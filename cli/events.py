@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -28,7 +29,7 @@ LOOK_SECONDS = 0.2
 @click.option("--peer", "peers", multiple=True, metavar="NAME", help="Told by this peer, or about it; repeatable.")
 @click.option("--last", type=click.IntRange(1), metavar="N", help="Only the last N of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print the events themselves, one JSON object a line.")
-def command(paths: tuple[Path, ...], follow: bool, last: int | None, as_json: bool, **choice: tuple[str, ...]) -> None:
+def command(paths: tuple[Path, ...], follow: bool, last: int | None, as_json: bool, **choice: Any) -> None:
     """Show what has happened in a run.
 
     FILE is an event log; of a FOLDER, all its *.jsonl are merged by time (clocks of several machines may differ).

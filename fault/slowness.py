@@ -111,8 +111,8 @@ class Slowness:
         for pair, value in logs.items():
             if pair not in links and peers.isdisjoint(pair):
                 self._past.setdefault(pair, deque(maxlen=self.patience.history)).append((self.windows, value))
-        known = {at for past in self._past.values() for at, _ in past}
-        self._plans = {window: shares for window, shares in self._plans.items() if window in known}
+        kept = {at for past in self._past.values() for at, _ in past}
+        self._plans = {window: shares for window, shares in self._plans.items() if window in kept}
 
     def forget(self, name: str) -> None:
         """This peer has gone: its next life is measured anew."""

@@ -133,7 +133,7 @@ class Recorder:
             self._prune()
 
     def _write_base(self, state: State) -> None:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for index, part in enumerate(state.parts):
             tensors |= {f"parameters.{index}": part.host.parameters, f"momentum.{index}": part.host.momentum}
         numbers = [part.number for part in state.parts]
