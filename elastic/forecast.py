@@ -308,7 +308,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """name: of the loop; title: as people call it; call: how a script names it, and what it needs to be told beside.
+    """title: as people call it; call, options: how a script does, and what it has to say beside.
 
     fragmented: P and tau can be chosen. delay: what tau is otherwise. steps: of H, if that is fixed. extra: vectors of
     the model's length beside what all loops hold.
@@ -413,17 +413,16 @@ class Setting:
         numbers, network = self.params / scheme.fragments, self.network
         rested = self.step_seconds if scheme.algorithm is DATA_PARALLEL else math.inf
         exchange = network.exchange(numbers, scheme.wire, rested)
-        peers = network.peers
-        bits = exchange.carrying and (peers - 1) / peers * numbers * 2 / exchange.carrying
+        carried = (network.peers - 1) / network.peers * numbers * 2
         timing = Timing(
             numbers=self.params,
-            peers=peers,
-            bandwidth=bits,
+            peers=network.peers,
+            bandwidth=carried / exchange.carrying,
             step_seconds=self.step_seconds,
             sync_every=scheme.sync_every,
             fragments=scheme.fragments,
             delay=scheme.delay,
-            bits=(1.0, 1.0),  # the rate is in numbers here, since links carry different parts of the bits
+            bits=(1.0, 1.0),  # the rate is one of numbers, since peers with unlike links carry unlike parts of the bits
             latency=exchange.latency + exchange.starting,
             busy=0.0 if scheme.algorithm is DATA_PARALLEL else FLOAT * numbers / self.host_rate,
         )
@@ -509,7 +508,7 @@ class Setting:
         return high
 
 
-# --- what to do -------------------------------------------------------------------------------------------------------
+# --- advice -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
