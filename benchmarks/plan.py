@@ -1,19 +1,21 @@
 """What `elastic plan` predicts, beside what was measured on the emulated WAN. Needs root, unless reports are given.
 
 Runs `benchmarks.overlap` (whole training loops between two sites) and `benchmarks.wan_allreduce` (bare exchanges among
-three), or takes reports that they have written with --json, and puts the forecast for the same numbers beside each
-row. In the emulator each pair of sites has a link of its own, so that the access of one of N peers is N - 1 times as
-fast. Bare exchanges have no coordinator (1.5 round trips: READY, numbers, results) and follow each other, so that links
-do not rest.
+three), or takes reports that they have written with --json, or the table of overlap in docs/benchmarks.md, and puts the
+forecast for the same numbers beside each row. In the emulator each pair of sites has a link of its own, so that the
+access of one of N peers is N - 1 times as fast. Bare exchanges have no coordinator (1.5 round trips: READY, numbers,
+results) and follow each other, so that links do not rest.
 
     python -m benchmarks.plan --markdown
     python -m benchmarks.plan overlap.json wan3.json
+    python -m benchmarks.plan docs/benchmarks.md             # nothing is run; without the bytes, which it lacks
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -71,7 +73,8 @@ def reports(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from measured()
     for file in arguments.files:
         try:
-            found = json.loads(Path(file).read_text())
+            text = Path(file).read_text()
+            found = printed(text) if file.endswith(".md") else json.loads(text)
         except (OSError, ValueError) as error:
             raise BenchmarkError(f"{file} is no report: {error}") from None
         yield found
@@ -89,6 +92,33 @@ def measured() -> Iterator[dict[str, Any]]:
             yield json.loads(file.read_text())
 
 
+def printed(text: str) -> dict[str, Any]:
+    """A report of overlap from the table in the docs: as much of it as stands there."""
+    loops = {each.title: each for each in overlap.algorithms(fragments=8, delay=4)}
+    row = re.compile(
+        r"^\| (\d+) \| ([^|]+) \|[^|]+\|[^|]+\| ([\d.]+) \([^|]*\|(?:[^|]*\|){3} ([\d.]+) \|", re.MULTILINE
+    )
+    samples = [
+        {"rate": float(rate), "algorithm": loops[title], "measured": float(measured), "exchange": float(seconds)}
+        for rate, title, measured, seconds in row.findall(text)
+        if title in loops
+    ]
+    if not samples:
+        raise BenchmarkError("there is no table of overlap in it")
+    return {"name": "overlap", "command": "python -m benchmarks.overlap", "samples": samples}
+
+
+def loop_of(sample: dict[str, Any]) -> dict[str, Any]:
+    """What is compared, of a row with everything that was measured."""
+    if "answers" not in sample:
+        return sample
+    algorithm = overlap.Algorithm(**sample["algorithm"])
+    result = overlap.Result(algorithm, sample["rate"], sample["period"], sample["seconds"], sample["answers"])
+    sent = max(answer["sent"] / len(answer["exchanges"]) for answer in result.answers)
+    facts = {"algorithm": algorithm, "measured": result.measured, "exchange": result.exchange, "sent": sent}
+    return {"rate": result.rate, **facts}
+
+
 def add(report: Report, found: dict[str, Any], host_rate: float) -> None:
     """Its rows, with what is predicted for each."""
     if found.get("name") not in ("overlap", "wan_allreduce"):
@@ -97,7 +127,7 @@ def add(report: Report, found: dict[str, Any], host_rate: float) -> None:
     report.notes.append(found["command"])
     for sample in found["samples"]:
         if found["name"] == "overlap":
-            add_loop(report, sample, overlap.arguments_of(words), host_rate)
+            add_loop(report, loop_of(sample), overlap.arguments_of(words), host_rate)
         elif not sample["cells"]["side"].startswith("gloo"):
             add_exchange(report, sample, words[0])
 
@@ -106,23 +136,21 @@ def add(report: Report, found: dict[str, Any], host_rate: float) -> None:
 
 
 def add_loop(report: Report, sample: dict[str, Any], arguments: argparse.Namespace, host_rate: float) -> None:
-    algorithm = overlap.Algorithm(**sample["algorithm"])
-    result = overlap.Result(algorithm, sample["rate"], sample["period"], sample["seconds"], sample["answers"])
-    forecast = forecast_of(algorithm, result.rate, arguments, host_rate)
-    sent = max(answer["sent"] / len(answer["exchanges"]) for answer in result.answers)
+    algorithm, measured, exchange = sample["algorithm"], sample["measured"], sample["exchange"]
+    forecast = forecast_of(algorithm, sample["rate"], arguments, host_rate)
     utilisation = 100 * forecast.utilisation
     cells = (
-        f"{result.rate:g}",
+        f"{sample['rate']:g}",
         algorithm.title,
         algorithm.wire,
-        f"{result.measured:.1f}",
+        f"{measured:.1f}",
         f"{utilisation:.1f}",
-        f"{utilisation - result.measured:+.1f}",
-        *beside(result.exchange, forecast.round_seconds),
-        f"{sent / 1e6:.3f}",
+        f"{utilisation - measured:+.1f}",
+        *beside(exchange, forecast.round_seconds),
+        f"{sample['sent'] / 1e6:.3f}" if "sent" in sample else "",
         f"{forecast.round_bytes / 1e6:.3f}",
     )
-    report.add(cells, points=utilisation - result.measured, error=forecast.round_seconds / result.exchange - 1)
+    report.add(cells, points=utilisation - measured, error=forecast.round_seconds / exchange - 1)
 
 
 def forecast_of(algorithm: overlap.Algorithm, rate: float, arguments: argparse.Namespace, host_rate: float) -> Forecast:

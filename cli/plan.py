@@ -39,7 +39,7 @@ from elastic.outer.cadence import WHOLE_ROUND
 
 from . import exits
 from .report import NO_MATPLOTLIB, replace_with
-from .units import Quantity, bits_text, rate, seconds, share, time_text
+from .units import bits_text, quantity, rate, seconds, share, time_text, whole
 from .view import human_bytes
 
 MEASURED_HOST = 350e6  # bytes of float32 a second, on one core of a small virtual machine (docs/benchmarks.md)
@@ -48,30 +48,13 @@ COARSEST = ("int4", "e3m0")
 LINK = {"up": rate, "down": rate, "rtt": seconds, "loss": share}
 
 
-class Count(Quantity):
-    """Whole numbers, as people write them."""
-
-    def __init__(self) -> None:
-        super().__init__("count")
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = super().convert(value, param, ctx)
-        if found != int(found):
-            self.fail(f"{value!r} is no whole number", param, ctx)
-        return int(found)
-
-
-class Loop(click.ParamType):
+def loop(text: str) -> Algorithm:
     """An algorithm, by its title or by the name of its class."""
-
-    name = "algorithm"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Algorithm:
-        names = {each.call.lower(): each for each in ALGORITHMS} | {each.title.lower(): each for each in ALGORITHMS}
-        found = names.get(str(value).lower())
-        if found is None or not value:
-            self.fail(f"{value!r} is none of {', '.join(each.title for each in ALGORITHMS)}", param, ctx)
-        return found
+    names = {each.call.lower(): each for each in ALGORITHMS} | {each.title.lower(): each for each in ALGORITHMS}
+    found = names.get(text.lower()) if text else None
+    if found is None:
+        raise click.BadParameter(f"{text!r} is none of {', '.join(each.title for each in ALGORITHMS)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,21 +67,23 @@ class Wanted:
 
 
 @click.command(epilog="Example: elastic plan --params 10e9 --peers 8 --step-seconds 0.8 --bandwidth 1Gbit --rtt 80ms")
-@click.option("--params", type=Quantity("count"), required=True, metavar="N", help="Of the model: 10e9, 350M, 10B.")
-@click.option("--peers", type=Count(), required=True, metavar="M", help="How many train.")
-@click.option("--step-seconds", type=Quantity("seconds"), required=True, metavar="S", help="Of an inner step: 0.8.")
-@click.option("--bandwidth", type=Quantity("rate"), metavar="RATE", help="Of each peer's access: 1Gbit, 25MB/s.")
-@click.option("--uplink", type=Quantity("rate"), metavar="RATE", help="What a peer sends, if that is another rate.")
+@click.option("--params", type=quantity("count"), required=True, metavar="N", help="Of the model: 10e9, 350M, 10B.")
+@click.option("--peers", type=whole, required=True, metavar="M", help="How many train.")
+@click.option("--step-seconds", type=quantity("seconds"), required=True, metavar="S", help="Of an inner step: 0.8.")
+@click.option("--bandwidth", type=quantity("rate"), metavar="RATE", help="Of each peer's access: 1Gbit, 25MB/s.")
+@click.option("--uplink", type=quantity("rate"), metavar="RATE", help="What a peer sends, if that is another rate.")
 @click.option(
     "--rtt",
-    type=Quantity("seconds", positive=False),
+    metavar="TIME",
+    type=quantity("seconds", positive=False),
     default="50ms",
     show_default=True,
     help="Round trip between peers.",
 )
 @click.option(
     "--loss",
-    type=Quantity("share", positive=False),
+    metavar="SHARE",
+    type=quantity("share", positive=False),
     default="0",
     show_default=True,
     help="Of packets, by chance: 0.1%.",
@@ -117,20 +102,22 @@ class Wanted:
     "--algorithm",
     "algorithms",
     multiple=True,
-    type=Loop(),
+    type=loop,
     metavar="NAME",
     help="Only this one, such as Streaming; repeatable.",
 )
 @click.option("--wire", "wires", multiple=True, type=click.Choice(WIRES), help="Only this one; repeatable.")
-@click.option("--sync-every", type=Count(), metavar="H", help="Inner steps between rounds.  [default: the best]")
-@click.option("--fragments", type=Count(), metavar="P", help="Of Streaming and Decoupled.  [default: the best]")
+@click.option("--sync-every", type=whole, metavar="H", help="Inner steps between rounds.  [default: the best]")
+@click.option("--fragments", type=whole, metavar="P", help="Of Streaming and Decoupled.  [default: the best]")
 @click.option(
     "--sync-delay", type=click.IntRange(0), metavar="TAU", help="Steps of their overlap.  [default: the best]"
 )
-@click.option("--target", type=Quantity("share"), default="0.95", show_default=True, help="Utilisation to reach.")
+@click.option(
+    "--target", metavar="SHARE", type=quantity("share"), default="0.95", show_default=True, help="Utilisation to reach."
+)
 @click.option(
     "--host-rate",
-    type=Quantity("rate"),
+    type=quantity("rate"),
     metavar="RATE",
     help="Parameters that a peer's training thread gives and applies in float32: 350MB/s was measured on one slow "
     "core.  [default: that is not counted]",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable
 
 import click
 
@@ -68,24 +68,30 @@ def share(text: str) -> float:
     return number / 100 if unit else number
 
 
-class Quantity(click.ParamType):
-    """An option that one of the functions above reads. least: what it must be above (or at), if anything."""
+READERS = {"count": count, "rate": rate, "seconds": seconds, "share": share}
 
-    readers: ClassVar = {"count": count, "rate": rate, "seconds": seconds, "share": share}
 
-    def __init__(self, name: str, *, positive: bool = True) -> None:
-        self.name, self._positive = name, positive
+def quantity(name: str, *, positive: bool = True) -> Callable[[str], float]:
+    """The type of an option that one of the functions above reads. positive: it must be above 0, and not only at it."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if not isinstance(value, str):
-            return float(value)
+    def read(text: str) -> float:
         try:
-            found = float(self.readers[self.name](value))
+            found = READERS[name](text)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if found < 0 or (self._positive and not found):
-            self.fail(f"{value!r}: it must {'be above' if self._positive else 'not be below'} 0", param, ctx)
+            raise click.BadParameter(str(error)) from None
+        if found < 0 or (positive and not found):
+            raise click.BadParameter(f"{text!r}: it must {'be above' if positive else 'not be below'} 0")
         return found
+
+    return read
+
+
+def whole(text: str) -> int:
+    """The type of an option that counts, as people write it."""
+    found = quantity("count")(text)
+    if found != int(found):
+        raise click.BadParameter(f"{text!r} is no whole number")
+    return int(found)
 
 
 # --- and back -------------------------------------------------------------------------------------------------------

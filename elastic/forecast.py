@@ -212,9 +212,8 @@ class Network:
         found = []
         for bits, rate in zip(load, (access.up, access.down), strict=True):
             stripes, each = self._pair(access, rate)
-            window = stripes * FIRST_PACKETS * SEGMENT
-            if rested < math.inf:
-                window = max(window, each * access.rtt / 2 ** (rested // (access.rtt + LEAST_TIMEOUT)))
+            halvings = min(rested / (access.rtt + LEAST_TIMEOUT), 1000.0) // 1
+            window = max(stripes * FIRST_PACKETS * SEGMENT, each * access.rtt / 2**halvings)
             nbytes = bits / 8 / (self.peers - 1)
             found.append((nbytes / each, slow_start(nbytes, each, access.rtt, window)))
         return max(found, key=sum)
