@@ -464,4 +464,4 @@ def label(axes: Any, setting: Setting, advice: Advice, here: float) -> None:
     axes.axvline(here, color="gray", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
