@@ -26,7 +26,7 @@ from benchmarks import common
 from benchmarks.common import MIB, BenchmarkError, Report, Worker
 from benchmarks.wan.wan import DEV, Wan, WanError
 from collectives.wires import WIRES
-from elastic.outer.rule import WHOLE_ROUND
+from elastic.outer.cadence import WHOLE_ROUND
 from elastic.outer.timing import Timing
 from elastic.tensors import gathered_in
 

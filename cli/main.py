@@ -16,6 +16,7 @@ COMMANDS = {
     "config": "Show the values that hold here, and where each comes from.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",
     "chaos": "Inject faults on purpose into the processes of a run on this machine.",
+    "plan": "Predict utilisation over given links, and recommend how to train.",
     "completion": "Print a script by which a shell completes commands and options.",
     "bench": "Measure on this machine: joining a run, recovering from a loss.",
 }

@@ -20,6 +20,9 @@ from typing import Protocol
 
 from ..errors import ConfigurationError
 
+WHOLE_ROUND = -1
+"""As the inner steps between sending and applying: until the next fragment is to be sent."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moment:

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
+from .cadence import WHOLE_ROUND
 from .engine import OuterLoop
 from .optimizers import HeavyBall, OuterOptimizer, check_above, divided, norm
-from .rule import WHOLE_ROUND, Rule
+from .rule import Rule
 
 if TYPE_CHECKING:
     from ..peer import Peer

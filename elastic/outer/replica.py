@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from .cadence import WHOLE_ROUND
 from .compression import Compression
 from .feedback import Residual
 from .optimizers import norm
-from .rule import PLAIN, WHOLE_ROUND, Facts, Rule
+from .rule import PLAIN, Facts, Rule
 from .state import HOST, Layout, State, Version
 
 PIECE = 1 << 20  # numbers at a time, where what is between two results need not be there as a whole

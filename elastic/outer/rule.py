@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import ConfigurationError
-from .cadence import Cadence
+from .cadence import WHOLE_ROUND, Cadence
 from .compression import Compression
 from .feedback import Feedback, NoFeedback
 from .optimizers import Nesterov, OuterOptimizer
 from .robust import Robust
 from .state import Part, Version
 from .weighting import Tokens, Weighting
-
-WHOLE_ROUND = -1
 
 
 @dataclass(frozen=True, slots=True)

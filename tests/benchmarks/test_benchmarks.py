@@ -60,6 +60,32 @@ def test_memory() -> None:
         assert 0 < max(sample["extra_bytes"]) < 64 << 20
 
 
+def test_plan(tmp_path: Path) -> None:
+    """On reports of measurements that are made up, a loop that waits 1.5 s in 32 steps and a bare exchange; and on the
+    table in the docs.
+    """
+    ends = [0.1 * step + (1.5 if step == 32 else 0.0) for step in range(33)]
+    answer = {"ends": ends, "exchanges": [[1.5, 0.1]], "sent": 8_400_000}
+    algorithm = {"title": "DiLoCo", "loop": "DiLoCo", "wire": "f32", "fragments": 1, "delay": 0}
+    loop = {"algorithm": algorithm, "rate": 50.0, "period": 32, "seconds": 0.1, "answers": [answer, answer]}
+    cells = {"side": "group, stripes auto", "wire": "int4+int8"}
+    bare = [{"cells": {**cells, "wire": wire}, "seconds": [2.0], "elements": 1 << 26} for wire in ("f32", "int4")]
+    files = []
+    for name, words, samples in (("overlap", "--rates 50", [loop]), ("wan_allreduce", "wan3 --size 256", bare)):
+        files.append(tmp_path / name)
+        found = {"name": name, "command": f"python -m benchmarks.{name} {words}", "samples": samples}
+        files[-1].write_text(json.dumps(found))
+    found = report("plan", *map(str, files), "docs/benchmarks.md")
+    trained, exchanged, *table = (sample["cells"] for sample in found["samples"])
+    assert trained["utilisation %: measured"] == "68.1" and trained["MB a peer sends: measured"] == "8.400"
+    assert 60 < float(trained["predicted"]) < 75 and 8.39 < float(trained["predicted MB"]) < 8.5
+    assert exchanged["wire"] == "f32", "results of int4 that come back in int4 are not what is predicted"
+    # 358 MB at 400 Mbit/s, of which headers leave 96.5 % and links fill 93 %, and 1.5 round trips of 0.1 s.
+    assert float(exchanged["predicted s"]) == pytest.approx(358e6 / (50e6 * 0.965 * 0.93) + 0.15, rel=0.01)
+    assert exchanged["error"] == f"{100 * (float(exchanged['predicted s']) / 2 - 1):+.0f} %"
+    assert len(table) == 21 and {row["Mbit/s"] for row in table} == {"1000", "200", "50"}
+
+
 def test_membership() -> None:
     churn = ("--between", "10", "--crashes", "10", "--leaves", "10")
     found = report("membership", "--peers", "40", "--seconds", "60", *churn, "--sockets", "12", "--turns", "2")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.outer.rule import WHOLE_ROUND
+from elastic.outer.cadence import WHOLE_ROUND
 from elastic.outer.timing import Timing
 
 DILOCO = Timing(numbers=1e9, peers=2, bandwidth=1e9, step_seconds=0.1, sync_every=100, bits=(16, 16))
