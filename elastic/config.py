@@ -111,15 +111,16 @@ def endpoints(
 def _check_reachable(coordinator: str, advertised: str) -> None:
     """Peers of other machines cannot dial a loopback address; who joins from afar must say what they can dial."""
     hosts = [check_endpoint("coordinator", each.removeprefix("tcp://"))[0] for each in addresses(coordinator)]
-    far = not all(map(_is_loopback, hosts))
-    if far and advertised and _is_loopback(check_endpoint("listen", advertised)[0]):
+    far = not all(map(is_loopback, hosts))
+    if far and advertised and is_loopback(check_endpoint("listen", advertised)[0]):
         raise ConfigurationError(
             f"the coordinator is at {coordinator}, but other peers could not dial {advertised}: "
             "say listen='0.0.0.0:0' and advertise='ADDRESS-OF-THIS-MACHINE:0', or listen='' to dial out only"
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine is reached there."""
     try:
         address = ipaddress.ip_address(host)
         return (getattr(address, "ipv4_mapped", None) or address).is_loopback
