@@ -345,7 +345,7 @@ def mbit(rate: float) -> str:
     bits = rate * 8 / 1e6
     if bits >= 1000:
         return f"{bits / 1000:.3g} Gbit/s"
-    return f"{bits:.0f} Mbit/s" if bits >= 100 else f"{bits:.2g} Mbit/s"
+    return f"{bits:.0f} Mbit/s" if bits >= 9.95 else f"{bits:.2g} Mbit/s"
 
 
 def mebi(size: float) -> str:
