@@ -90,7 +90,7 @@ def flaws(environ: Mapping[str, str]) -> dict[str, str]:
     for name in sorted(each for each in environ if each.startswith("ELASTIC_")):
         try:
             environment({name: environ[name]})
-            _CHECKS.get(name, str)(environ[name])
+            CHECKS[name](environ[name])
         except (ValueError, OSError) as error:
             found[name] = str(error)
     return found
@@ -105,6 +105,11 @@ def _check_stripes(text: str) -> None:
     LinkOptions(stripes=int(text) if text.isdecimal() else text)
 
 
+def _check_rounds(text: str) -> None:
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} must be a number of rounds, or 0")
+
+
 def _check_folder(text: str) -> None:
     """Events are written there; it may yet have to be made."""
     near = Path(text).absolute()
@@ -114,7 +119,7 @@ def _check_folder(text: str) -> None:
         raise OSError(f"cannot write to {near}: choose another folder")
 
 
-_CHECKS: dict[str, Callable[[str], object]] = {
+CHECKS: dict[str, Callable[[str], object]] = {
     "ELASTIC_JOIN": JoinToken.parse,
     "ELASTIC_RUN": partial(check_name, "run"),
     "ELASTIC_NAME": partial(check_name, "peer"),
@@ -125,6 +130,8 @@ _CHECKS: dict[str, Callable[[str], object]] = {
     "ELASTIC_LANES": lambda text: switched("ELASTIC_LANES", {"ELASTIC_LANES": text}),
     "ELASTIC_WITNESS": lambda text: switched("ELASTIC_WITNESS", {"ELASTIC_WITNESS": text}),
     "ELASTIC_EVENTS_DIR": _check_folder,
+    "ELASTIC_CHAOS": _check_folder,
+    "ELASTIC_RECORD": _check_rounds,
 }
 
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.config import ENVIRONMENT
 from elastic.doctor import judging, paths, visiting
 from elastic.doctor.facts import (
     BACKLOG,
@@ -40,7 +41,7 @@ from elastic.doctor.facts import (
 )
 from elastic.doctor.hosting import MOST_GUESTS, Host
 from elastic.doctor.judging import NOTE, OK, PROBLEM, Finding, Setting, fewest, recommended, settled
-from elastic.doctor.machine import flaws, look, side
+from elastic.doctor.machine import CHECKS, flaws, look, side
 from elastic.doctor.pairing import (
     DATA,
     GREETING_BYTES,
@@ -367,13 +368,14 @@ def test_a_look_at_this_machine_finds_what_is_there(tmp_path: Path) -> None:
         ("ELASTIC_STRIPES", "65", "choose 1 to 64"),
         ("ELASTIC_LANES", "yes", "must be 0 or 1"),
         ("ELASTIC_EVENTS_DIR", "/proc/1", "cannot write"),
+        ("ELASTIC_RECORD", "-1", "must be a number of rounds"),
     ],
 )
 def test_each_variable_that_cannot_be_is_named(name: str, value: str, words: str) -> None:
     good = {"ELASTIC_STRIPES": "auto", "ELASTIC_LISTEN": "", "ELASTIC_RUN": "corn", "HOME": "/"}
     found = flaws({**good, "ELASTIC_SITE": "-", name: value})
     assert set(found) == {"ELASTIC_SITE", name} and words in found[name]
-    assert flaws(good) == {}
+    assert flaws(good) == {} and set(CHECKS) == set(ENVIRONMENT)
 
 
 # --- two doctors ------------------------------------------------------------------------------------------------------
