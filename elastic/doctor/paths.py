@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable
 
+from ..config import is_loopback
 from .facts import PROBING, RECEIVE, SEND, Pair, Ping, Sample
 from .judging import (
     FASTER,
@@ -206,6 +207,6 @@ def dialled(pair: Pair) -> Finding:
         make = problem if pair.promised else note
         return make("to be dialled", f"{behind}{pair.address} reaches none of {failed or 'its addresses'}", advice)
     fact = f"{behind}{pair.address} reaches {', '.join(reached)}{f'; not {failed}' if failed else ''}"
-    host = reached[0].rpartition(":")[0].strip("[]")
-    settings = () if pair.promised else listen_settings(host)
+    far = [host for host in (each.rpartition(":")[0].strip("[]") for each in reached) if not is_loopback(host)]
+    settings = listen_settings(far[0]) if far and not pair.promised else ()
     return dataclasses.replace(ok("to be dialled", fact), settings=settings)

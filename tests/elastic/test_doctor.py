@@ -327,6 +327,8 @@ def test_who_cannot_be_dialled_and_who_is_behind_a_nat_is_told() -> None:
     assert kept.level == PROBLEM
     found = the("to be dialled", paths.judge_pair(pair(listening="", dialled=reached)))
     assert found.level == OK and ("ELASTIC_ADVERTISE", "198.51.100.1:29401") in [each[1:3] for each in found.settings]
+    near = the("to be dialled", paths.judge_pair(pair(listening="", dialled=(Dialled(address="[::1]:1", evidence=""),))))
+    assert near.level == OK and not near.settings
     assert the("to be dialled", paths.judge_pair(pair(listening="in use"))).level == PROBLEM
     assert the("to be dialled", paths.judge_pair(pair())).level == OK
 
