@@ -45,7 +45,6 @@ from elastic.doctor.machine import CHECKS, flaws, look, side
 from elastic.doctor.pairing import (
     DATA,
     GREETING_BYTES,
-    GREETING_SECONDS,
     VISIT,
     Greeting,
     Hello,
@@ -327,7 +326,8 @@ def test_who_cannot_be_dialled_and_who_is_behind_a_nat_is_told() -> None:
     assert kept.level == PROBLEM
     found = the("to be dialled", paths.judge_pair(pair(listening="", dialled=reached)))
     assert found.level == OK and ("ELASTIC_ADVERTISE", "198.51.100.1:29401") in [each[1:3] for each in found.settings]
-    near = the("to be dialled", paths.judge_pair(pair(listening="", dialled=(Dialled(address="[::1]:1", evidence=""),))))
+    loopback = (Dialled(address="[::1]:1", evidence=""),)
+    near = the("to be dialled", paths.judge_pair(pair(listening="", dialled=loopback)))
     assert near.level == OK and not near.settings
     assert the("to be dialled", paths.judge_pair(pair(listening="in use"))).level == PROBLEM
     assert the("to be dialled", paths.judge_pair(pair())).level == OK
@@ -581,14 +581,11 @@ def test_garbage_is_hung_up_on_and_the_next_visitor_is_served(garbage: bytes, ma
 def test_who_says_nothing_is_hung_up_on_and_many_of_them_are_not_kept(machine: Machine) -> None:
     with serving() as (address, _):
         host, port = address.rsplit(":", 1)
-        began = time.monotonic()
         crowd = [socket.create_connection((host, int(port)), 20) for _ in range(MOST_GUESTS + 20)]
         try:
             crowd[0].sendall(b"ELDOC")  # half a greeting
             assert [sock.recv(1) for sock in crowd[-20:]] == [b""] * 20
-            early = time.monotonic() - began
             assert [sock.recv(1) for sock in crowd[:MOST_GUESTS]] == [b""] * MOST_GUESTS
-            assert time.monotonic() - began >= min(GREETING_SECONDS, early + 0.1) - 0.1
         finally:
             for sock in crowd:
                 sock.close()
