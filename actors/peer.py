@@ -44,8 +44,9 @@ class PeerSpec:
     function: str = "train"
     pickled: bytes = b""
     config: dict[str, Any] = field(default_factory=dict)
-    stripes: int | None = None
+    stripes: int | str | None = None
     listen: str = "127.0.0.1:0"
+    advertise: str | None = None
     timeouts: Timeouts = field(default_factory=Timeouts)
     events_dir: str | None = None
     logs_dir: str | None = None
@@ -143,6 +144,7 @@ class PeerHost:
             name=spec.name,
             site=spec.site,
             listen=spec.listen,
+            advertise=spec.advertise,
             stripes=spec.stripes,
             timeouts=spec.timeouts,
             events_dir=spec.events_dir,

@@ -14,6 +14,7 @@ COMMANDS = {
     "events": "Show what has happened in a run, from its event logs; as it happens, too.",
     "replay": "Show again how a run went, from its event logs.",
     "config": "Show the values that hold here, and where each comes from.",
+    "doctor": "Say whether this machine can take part in a run, and what to set.",
     "checkpoint": "List, look into, verify and export a run's checkpoints.",
     "chaos": "Inject faults on purpose into the processes of a run on this machine.",
     "plan": "Predict utilisation over given links, and recommend how to train.",

@@ -7,6 +7,7 @@ mistake in a known one.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import itertools
 import os
 import re
@@ -92,6 +93,39 @@ def _zmq_address(address: str) -> str:
         raise ConfigurationError(f"coordinator address {address!r} must look like tcp://HOST:29400")
     host, port = check_endpoint("coordinator address", address.removeprefix("tcp://"))
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def endpoints(
+    coordinator: str, listen: str | None, advertise: str | None, env: Mapping[str, str]
+) -> tuple[str, str | None]:
+    """Where a data plane listens, and what others dial if that differs. Raises ConfigurationError."""
+    listen = env.get("ELASTIC_LISTEN", "127.0.0.1:0") if listen is None else listen
+    advertise = advertise or env.get("ELASTIC_ADVERTISE")
+    for what, named in (("listen", listen), ("advertise", advertise)):
+        for endpoint in named.split(",") if named else ():
+            check_endpoint(what, endpoint)
+    _check_reachable(coordinator, (advertise or listen).split(",")[0])
+    return listen, advertise
+
+
+def _check_reachable(coordinator: str, advertised: str) -> None:
+    """Peers of other machines cannot dial a loopback address; who joins from afar must say what they can dial."""
+    hosts = [check_endpoint("coordinator", each.removeprefix("tcp://"))[0] for each in addresses(coordinator)]
+    far = not all(map(is_loopback, hosts))
+    if far and advertised and is_loopback(check_endpoint("listen", advertised)[0]):
+        raise ConfigurationError(
+            f"the coordinator is at {coordinator}, but other peers could not dial {advertised}: "
+            "say listen='0.0.0.0:0' and advertise='ADDRESS-OF-THIS-MACHINE:0', or listen='' to dial out only"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine is reached there."""
+    try:
+        address = ipaddress.ip_address(host)
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)

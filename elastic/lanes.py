@@ -39,7 +39,7 @@ from collectives.records import (
 from collectives.sockets import format_address, kept_from_children, parse_address, shut
 from collectives.transfer import as_bytes
 
-from .config import environment
+from .config import endpoints, environment
 from .errands import (
     GREETING_SECONDS,
     MOST_VISITORS,
@@ -64,7 +64,7 @@ from .errands import (
 )
 from .errors import CollectiveError, ConfigurationError, RoundAborted, TransportError
 from .messages import MessageError
-from .peer import endpoints, open_group
+from .peer import open_group
 from .tensors import Reserve
 
 SMALLEST_RANGE = 1 << 16  # elements of each lane: with fewer, it costs more to bring them to the ranks than it saves

@@ -602,6 +602,7 @@ class Membership:
             samples=samples,
             verdicts=self.watching.reports(now),
             barred=tuple(self._barred_report(*each) for each in sorted(self.isolation.in_quarantine(now).items())),
+            protocol=PROTOCOL,
         )
         return report
 

@@ -640,7 +640,10 @@ class BarredReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusReport(Message):
-    """contributors: of the last round. samples: committed. verdicts: what is wrong now. barred: names in quarantine."""
+    """contributors: of the last round. samples: committed. verdicts: what is wrong now. barred: names in quarantine.
+
+    protocol: that the coordinator speaks; those that do not say speak the first.
+    """
 
     members: tuple[MemberReport, ...]
     progress: RunProgress
@@ -648,6 +651,7 @@ class StatusReport(Message):
     samples: int
     verdicts: tuple[VerdictReport, ...] = ()
     barred: tuple[BarredReport, ...] = ()
+    protocol: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ from any thread; those that wait take a timeout in seconds and obey Ctrl-C.
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import math
 import os
 import queue
@@ -42,10 +41,9 @@ from .config import (
     JoinToken,
     RunPolicy,
     Timeouts,
-    addresses,
     check_coordinator,
-    check_endpoint,
     check_name,
+    endpoints,
     environment,
     switched,
 )
@@ -1304,25 +1302,6 @@ def _own_name() -> str:
     return f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
 
 
-def _check_reachable(coordinator: str, advertised: str) -> None:
-    """Peers of other machines cannot dial a loopback address; who joins from afar must say what they can dial."""
-    hosts = [check_endpoint("coordinator", each.removeprefix("tcp://"))[0] for each in addresses(coordinator)]
-    far = not all(map(_is_loopback, hosts))
-    if far and advertised and _is_loopback(check_endpoint("listen", advertised)[0]):
-        raise ConfigurationError(
-            f"the coordinator is at {coordinator}, but other peers could not dial {advertised}: "
-            "say listen='0.0.0.0:0' and advertise='ADDRESS-OF-THIS-MACHINE:0', or listen='' to dial out only"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _link_options(options: LinkOptions | None, stripes: int | str | None, env: dict[str, str]) -> LinkOptions:
     """`options` as they are, but for the stripes if those are named beside them; arguments win over environment."""
     wanted = stripes if stripes is not None else None if options is not None else env.get("ELASTIC_STRIPES")
@@ -1333,19 +1312,6 @@ def _link_options(options: LinkOptions | None, stripes: int | str | None, env: d
         return dataclasses.replace(options, stripes=int(wanted) if str(wanted).isdecimal() else wanted)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-
-
-def endpoints(
-    coordinator: str, listen: str | None, advertise: str | None, env: dict[str, str]
-) -> tuple[str, str | None]:
-    """Where a data plane listens, and what others dial if that differs. Raises ConfigurationError."""
-    listen = env.get("ELASTIC_LISTEN", "127.0.0.1:0") if listen is None else listen
-    advertise = advertise or env.get("ELASTIC_ADVERTISE")
-    for what, named in (("listen", listen), ("advertise", advertise)):
-        for endpoint in named.split(",") if named else ():
-            check_endpoint(what, endpoint)
-    _check_reachable(coordinator, (advertise or listen).split(",")[0])
-    return listen, advertise
 
 
 def laned(lanes: bool | None, env: dict[str, str]) -> bool:
