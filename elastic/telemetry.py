@@ -169,12 +169,15 @@ class Telemetry:
         with self._accounted():
             self._keep(self._gave, Gave(tag=tag, version=version, norm=-1.0, cosine=0.0))
 
-    def contributed(self, tag: str, version: int, sent: torch.Tensor, mean: torch.Tensor, share: float) -> None:
-        """A round was committed. sent, mean: flat, as they travelled. share: this peer's part of the mean's weight."""
+    def contributed(
+        self, tag: str, version: int, sent: torch.Tensor, mean: torch.Tensor, share: float, steps: int
+    ) -> None:
+        """A round was committed. sent, mean: flat, as they travelled. share: this peer's part of the mean's weight.
+        steps: inner ones behind what was sent."""
         with self._accounted():
             norm, mean_norm, product = _products(sent, mean)
             cosine = cosine_to_others(norm, mean_norm, product, share) if share < 1 else 0.0
-            self._keep(self._gave, Gave(tag=tag, version=version, norm=norm, cosine=cosine))
+            self._keep(self._gave, Gave(tag=tag, version=version, norm=norm, cosine=cosine, steps=steps))
 
     def take(self) -> dict[str, Any]:
         """The fields of a heartbeat that say what happened since the last."""

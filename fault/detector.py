@@ -63,7 +63,7 @@ class Detector:
         if len(self._rounds) > _MOST_ROUNDS:
             del self._rounds[min(self._rounds)]
         norm = gave.norm if gave.norm >= 0 else float("nan")
-        given[peer] = Contribution(norm=norm, cosine=gave.cosine)
+        given[peer] = Contribution(norm=norm, cosine=gave.cosine, steps=max(0, gave.steps))
 
     def is_at(self, peer: str, trainer: Trainer, underway: tuple[Underway, ...], at: float) -> None:
         """What its training thread and its exchanges are at."""

@@ -28,6 +28,9 @@ AGAINST, AGREED = -0.2, 0.2
 """A cosine below the first points the other way, if the others agree: theirs, in the median, are above the second. With
 data that differ, contributions point against each other near the end, and nobody is wrong. (Of three, the two good ones
 have a bad one in the mean of their others, and their cosines are about 0: a flipped one among three is not named.)"""
+BEHIND = 2.0
+"""Who has more than so many times the steps of the others behind it was not waited for: they have moved on meanwhile,
+and it may well point back. Its direction says nothing."""
 ENOUGH = 3
 """Fewer cannot outvote one."""
 _LEAST_NOISE = 0.1
@@ -35,10 +38,12 @@ _LEAST_NOISE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """norm: of the pseudo-gradient, NaN if it is not finite. cosine: to the mean of the others'."""
+    """norm: of the pseudo-gradient, NaN if it is not finite. cosine: to the mean of the others'. steps: behind it; 0:
+    not known."""
 
     norm: float
     cosine: float
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +106,21 @@ def _off_length(
     logs = [_log(other.norm) for other in others.values()]
     middle = statistics.median(logs)
     off = _log(mine.norm) - middle
-    if (off > math.log(LONG) or off < -math.log(SHORT)) and abs(off) > DEVIATIONS * deviation(logs, _LEAST_NOISE):
+    long, short = math.log(LONG * _longer(mine, others)), math.log(SHORT)
+    if (off > long or off < -short) and abs(off) > DEVIATIONS * deviation(logs, _LEAST_NOISE):
         return Bad(peer=peer, why="norm", value=mine.norm, others=math.exp(middle))
     return None
 
 
+def _longer(mine: Contribution, others: Mapping[str, Contribution]) -> float:
+    """Times as many steps as the others have behind theirs: who was not waited for goes so much further, at most."""
+    theirs = statistics.median(other.steps for other in others.values())
+    return max(1.0, mine.steps / theirs) if theirs else 1.0
+
+
 def _off_direction(peer: str, mine: Contribution, others: Mapping[str, Contribution]) -> Bad | None:
+    if _longer(mine, others) > BEHIND:
+        return None
     along = statistics.median(other.cosine for other in others.values())
     if mine.cosine < AGAINST and along > AGREED:
         return Bad(peer=peer, why="direction", value=mine.cosine, others=along)

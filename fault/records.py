@@ -22,13 +22,15 @@ class Gave:
     """This peer's contribution to a round of an outer loop.
 
     norm: of what it sent; -1 if that was no number, and was not sent. cosine: to the mean of the others', 0.0 if there
-    were none (`gradients.cosine_to_others`). version: that the round led to, or would have led to.
+    were none (`gradients.cosine_to_others`). version: that the round led to, or would have led to. steps: inner steps
+    behind it; 0: not known.
     """
 
     tag: str
     version: int
     norm: float
     cosine: float
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -584,7 +584,7 @@ class OuterLoop:
             patience,
             at_most=self.peer.drain_left,
             tell=self._inbox.put,
-            on_commit=partial(self._committed, flight.payload, operation),
+            on_commit=partial(self._committed, flight, operation),
         )
         if self.replica.rule.delay == 0:
             self._settle()
@@ -602,13 +602,13 @@ class OuterLoop:
     def _left_out(self, version: int, names: list[str]) -> None:
         self.peer.events.emit("contribution.left_out", tag=self.tag, version=version, peers=names)
 
-    def _committed(self, sent: torch.Tensor, operation: Operation, commit: Commit, mean: torch.Tensor) -> None:
+    def _committed(self, flight: Flight, operation: Operation, commit: Commit, mean: torch.Tensor) -> None:
         """With this peer's contribution; in whichever thread the exchange runs."""
         assert self._shelf is not None
         self._shelf.offer_result(commit, mean)
         summed = operation.start_order and self.replica.rule.robust is None
         share = share_of(operation.start_order, self.peer.name) if operation.start_order and summed else 0.0
-        self.peer.telemetry.contributed(self.tag, commit.version, sent, mean, share)
+        self.peer.telemetry.contributed(self.tag, commit.version, flight.payload, mean, share, flight.steps)
 
     def _proposal(self, flight: Flight) -> Propose:
         rule, part = self.replica.rule, self.layout.parts[flight.fragment]
@@ -711,7 +711,7 @@ class OuterLoop:
             flight = self.replica.flight
             self.replica.abort()
             held = exchange.result if exchange.done_digest == commit.digest else None
-            self._catch_up(commit, held, flight.payload if flight else None)
+            self._catch_up(commit, held, flight)
             return
         self._count(exchange.proposal)
         self._counts["contributed"] += 1
@@ -727,7 +727,7 @@ class OuterLoop:
         self._uncounted -= proposal.tokens
         self.peer.committed(proposal.cursors)
 
-    def _catch_up(self, commit: Commit, held: torch.Tensor | None = None, offered: torch.Tensor | None = None) -> None:
+    def _catch_up(self, commit: Commit, held: torch.Tensor | None = None, offered: Flight | None = None) -> None:
         """A round was committed without this peer's contribution, or while it was not waiting for the outcome.
 
         held: its result, if this peer has it as a receiver. offered: what it would have contributed.
@@ -742,7 +742,7 @@ class OuterLoop:
         elif commit.version > self.version.number:
             self._fetch_and_start_over()
 
-    def _follow(self, commit: Commit, held: torch.Tensor | None = None, offered: torch.Tensor | None = None) -> None:
+    def _follow(self, commit: Commit, held: torch.Tensor | None = None, offered: Flight | None = None) -> None:
         """Rule 5: applies the result itself; what it has learned and not contributed stays for the next round.
 
         If the contribution of a twin is in it, that stands for this peer's: what is left is what the twin has left.
@@ -753,8 +753,8 @@ class OuterLoop:
         if mean is None:
             self._fetch_and_start_over()
             return
-        if offered is not None and offered.shape == mean.shape:  # what is not taken is judged all the same
-            self.peer.telemetry.contributed(self.tag, commit.version, offered, mean, 0.0)
+        if offered is not None and offered.payload.shape == mean.shape:  # what is not taken is judged all the same
+            self.peer.telemetry.contributed(self.tag, commit.version, offered.payload, mean, 0.0, offered.steps)
         if self.peer.name in commit.covers:
             self.peer.rewind()  # first: if it fails, what was learned and what was counted still belong together
         place = self.replica.places[self.version.next]

@@ -181,3 +181,34 @@ def test_rounds_that_a_peer_sits_out_are_neither_good_nor_bad() -> None:
         assert "d" in gradients.bad
         gradients.round({**well, "d": Contribution(norm=1.0, cosine=0.5)}, 3.0 + number)
     assert not gradients.bad
+
+
+@pytest.mark.parametrize(("steps", "named"), [(80, False), (8, True), (0, True)])
+def test_who_was_not_waited_for_goes_further_and_that_is_no_fault(steps: int, named: bool) -> None:
+    """Ten times as long with ten times as many steps behind it; with as many as the others, or none told, it is one."""
+    gradients = Gradients()
+    others = {name: Contribution(norm=1.0, cosine=0.5, steps=8) for name in "ab"}
+    for number in range(6):
+        gradients.round(others | {"c": Contribution(norm=1.0, cosine=0.5, steps=8)}, float(number))
+    for number in range(6, 9):
+        gradients.round(others | {"c": Contribution(norm=10.0, cosine=0.5, steps=steps)}, float(number))
+    assert ("c" in gradients.bad) == named
+
+
+def test_more_steps_do_not_excuse_what_is_longer_still() -> None:
+    gradients = Gradients()
+    others = {name: Contribution(norm=1.0, cosine=0.5, steps=8) for name in "ab"}
+    for number in range(3):
+        gradients.round(others | {"c": Contribution(norm=1.0, cosine=0.5, steps=8)}, float(number))
+    for number in range(3, 6):
+        gradients.round(others | {"c": Contribution(norm=50.0, cosine=0.5, steps=80)}, float(number))
+    assert "c" in gradients.bad
+
+
+@pytest.mark.parametrize(("steps", "named"), [(80, False), (8, True), (0, True)])
+def test_who_was_left_behind_may_point_back(steps: int, named: bool) -> None:
+    gradients = Gradients()
+    others = {name: Contribution(norm=1.0, cosine=0.9, steps=8) for name in "ab"}
+    for number in range(4):
+        gradients.round(others | {"c": Contribution(norm=1.0, cosine=-0.5, steps=steps)}, float(number))
+    assert ("c" in gradients.bad) == named
