@@ -163,7 +163,8 @@ class PeerHost:
             return meet(self._rank, seats, self._store) if seats else None
         except Exception as error:
             kind = type(error) if isinstance(error, ElasticError) else TransportError
-            raise kind(f"{self._who}: {error_line(error)}", peer=self._spec.name) from error
+            # what the script itself has said is to be near the end of the log
+            raise kind(f"{self._who}: {error_line(error)}", peer=self._spec.name) from error.__cause__ or error
 
     @property
     def _who(self) -> str:

@@ -92,10 +92,7 @@ def train(peer: elastic.Peer, config: dict[str, Any]) -> dict[str, Any]:
             inner.zero_grad()
             losses.append(loss.item())
             peer.report(loss=losses[-1])
-    facts = {"peer": peer.name, "first": losses[0], "last": losses[-1], "state": outer.version.state_hash}
-    if peer.storage_path and dist.get_rank() == 0:
-        (peer.storage_path / f"{peer.name}.json").write_text(json.dumps(facts))
-    return facts
+    return {"peer": peer.name, "first": losses[0], "last": losses[-1], "state": outer.version.state_hash}
 
 
 def with_ray(options: argparse.Namespace, config: dict[str, Any]) -> None:
@@ -112,8 +109,8 @@ def with_ray(options: argparse.Namespace, config: dict[str, Any]) -> None:
             name=options.name, storage_path=options.storage, policy=elastic.RunPolicy(rounds=options.rounds)
         ),
     ).fit()
-    for file in sorted(result.path.glob("*.json")):
-        print(file.read_text())
+    for peer in result.peers:
+        print(json.dumps(peer.trained.result if peer.trained else {"peer": peer.name, "error": peer.reason}))
 
 
 def with_torchrun(config: dict[str, Any]) -> None:
