@@ -15,6 +15,7 @@ from typing import Any, cast
 import ray
 import torch.distributed as dist
 from ray import cloudpickle
+from torch._C._distributed_c10d import TCPStore
 
 from elastic.config import Timeouts
 from elastic.errors import ConfigurationError, ElasticError, Evicted, TransportError
@@ -121,7 +122,7 @@ class PeerHost:
     def __init__(self, spec: PeerSpec, log: str | None = None, rank: int = 0) -> None:
         self._log = KeptLog(Path(log)) if log else None
         self._spec, self._rank = spec, rank
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._peer: Peer | None = None
         self._function: Callable[..., Any] | None = None
 
@@ -236,7 +237,7 @@ def load(spec: PeerSpec) -> Callable[..., Any]:
     if not spec.pickled:
         return load_function(Path(spec.script), spec.function)
     try:
-        function: Callable[..., Any] = cloudpickle.loads(spec.pickled)  # type: ignore[no-untyped-call]
+        function: Callable[..., Any] = cloudpickle.loads(spec.pickled)
         return function
     except Exception as error:
         raise ConfigurationError(f"the training function cannot be loaded here: {error_line(error)}") from error
@@ -259,7 +260,7 @@ def load_function(script: Path, function: str) -> Callable[..., Any]:
 
 def _raised(error: Exception, where: str) -> Raised:
     try:
-        pickled = cloudpickle.dumps(error)
+        pickled: bytes = cloudpickle.dumps(error)  # type: ignore[no-untyped-call]
     except Exception:  # it holds something that does not travel; its words do
         pickled = b""
     text = "".join(traceback.format_exception(error))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # where torch.distributed has it from
 
 HOST = "127.0.0.1"  # all ranks are on one node, and their store asks nobody who he is
 
@@ -21,12 +22,12 @@ class Seat:
     gpus: tuple[str, ...] = ()
 
 
-def open_store(ranks: int) -> dist.TCPStore:
+def open_store(ranks: int) -> TCPStore:
     """On a free port, at which only this machine can call."""
     door = socket.create_server((HOST, 0))
     port = door.getsockname()[1]
     descriptor = door.detach()  # the store's own from here on
-    return dist.TCPStore(
+    return TCPStore(
         HOST, port, ranks, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=True
     )
 
@@ -56,9 +57,9 @@ def environment_of(rank: int, seats: Sequence[Seat]) -> dict[str, str]:
     } | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
 
-def meet(rank: int, seats: Sequence[Seat], store: dist.TCPStore | None) -> dist.ProcessGroup:
+def meet(rank: int, seats: Sequence[Seat], store: TCPStore | None) -> dist.ProcessGroup:
     """The group of all ranks, the default one of this process. store: the leader's own, which must live on with it."""
-    store = store or dist.TCPStore(HOST, seats[0].port, len(seats), is_master=False, wait_for_workers=False)
+    store = store or TCPStore(HOST, seats[0].port, len(seats), is_master=False, wait_for_workers=False)
     backend = "cpu:gloo,cuda:nccl" if seats[rank].gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=len(seats))
     group = dist.group.WORLD

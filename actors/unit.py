@@ -141,12 +141,13 @@ def _room(spec: PeerSpec, place: Place) -> PlacementGroup:
     needs = _needs(spec)
     bundle = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"], **needs["resources"]}
     bundle = {name: amount for name, amount in bundle.items() if amount} or {"memory": 1}  # Ray refuses empty ones
-    return placement_group(
+    group: PlacementGroup = placement_group(
         [bundle] * spec.ranks,
         strategy="STRICT_PACK",
         bundle_label_selector=[labels] * spec.ranks,
         _soft_target_node_id=_spread(spec, bundle, labels) if spec.spread else None,
     )
+    return group
 
 
 def _needs(spec: PeerSpec) -> dict[str, Any]:
