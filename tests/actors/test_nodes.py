@@ -161,7 +161,7 @@ def test_ranks_that_are_one_peer_are_on_one_node_and_peers_on_several(nodes: Any
     async def node_of(title: str, place: Place, **options: Any) -> str:
         unit = Unit(PeerSpec(name=title, **about, **options), title, place, None)
         try:
-            process = await asyncio.wait_for(unit.process(), 60)
+            process = await asyncio.wait_for(unit.process(), 150)
         finally:
             unit.kill()
         await unit.gone()
