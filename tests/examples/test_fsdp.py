@@ -14,7 +14,7 @@ import pytest
 from elastic.config import RunPolicy
 from elastic.coordinator import Coordinator
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fsdp" / "train.py"
 
@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "fsdp" / "train.py"
 def facts(*command: str, **environment: str) -> list[dict[str, Any]]:
     """What it prints, one line for each peer."""
     usual = {**os.environ, "OMP_NUM_THREADS": "1"} | environment
-    ended = subprocess.run([sys.executable, *command], env=usual, capture_output=True, text=True, timeout=150)
+    ended = subprocess.run([sys.executable, *command], env=usual, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
 
