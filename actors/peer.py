@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+import torch.distributed as dist
 from ray import cloudpickle
+from torch._C._distributed_c10d import TCPStore
 
 from elastic.config import Timeouts
-from elastic.errors import ConfigurationError, ElasticError, Evicted
+from elastic.errors import ConfigurationError, ElasticError, Evicted, TransportError
 from elastic.peer import Peer
 from fault.inject import Injection, strike
 
 from .local_ray import error_line
 from .logs import KeptLog
+from .rendezvous import Seat, gpus_of, meet, open_store, take_seat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,15 @@ class PeerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Where a life runs. node: as Ray knows it. expelled: why the run goes on without it, if it does."""
+    """Where a life runs. node: as Ray knows it. pid: the leader's; pids: of all ranks.
+
+    expelled: why the run goes on without it, if it does.
+    """
 
     node: str
     pid: int
     expelled: Evicted | None = None
+    pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +115,14 @@ class Raised:
 class PeerHost:
     """First `join`, then `train`: they have a concurrency group of their own, so that `process` is answered meanwhile.
 
-    log: file that keeps what this process prints.
+    That group is one thread: a peer of several ranks is used in no other than that which made it. log: file that keeps
+    what this process prints. rank: which of the peer's processes this is.
     """
 
-    def __init__(self, spec: PeerSpec, log: str | None = None) -> None:
+    def __init__(self, spec: PeerSpec, log: str | None = None, rank: int = 0) -> None:
         self._log = KeptLog(Path(log)) if log else None
-        self._spec = spec
+        self._spec, self._rank = spec, rank
+        self._store: TCPStore | None = None
         self._peer: Peer | None = None
         self._function: Callable[..., Any] | None = None
 
@@ -129,15 +138,40 @@ class PeerHost:
             self._peer.drain(seconds)
 
     @ray.method(concurrency_group="train")
-    def join(self) -> Life:
-        """Returns once the run has admitted this life; raises what `Peer` and `load` do."""
+    def sit(self) -> Seat:
+        """Of a peer of several ranks, before it joins: what this one tells the others."""
+        gpus = gpus_of(os.environ) if self._spec.gpus else ()
+        if self._rank:
+            return Seat(gpus=gpus)
+        self._store = open_store(self._spec.ranks)
+        return Seat(port=self._store.port, gpus=gpus)
+
+    @ray.method(concurrency_group="train")
+    def join(self, *seats: Seat) -> Life:
+        """Returns once the run has admitted this life; raises what `Peer` and `load` do. seats: of all ranks."""
         with self._last_words():
-            self._function = load(self._spec)
-            self._peer = peer = self._joined(self._spec)
+            group = self._prepare(seats)
+            self._peer = peer = self._joined(self._spec, group)
             peer.storage_path = Path(self._spec.storage_path) if self._spec.storage_path else None
             return Life(name=peer.name, incarnation=peer.incarnation, life=peer.life)
 
-    def _joined(self, spec: PeerSpec) -> Peer:
+    def _prepare(self, seats: tuple[Seat, ...]) -> dist.ProcessGroup | None:
+        """Everything that can go wrong here before the run knows of it: the function is there, and the other ranks."""
+        try:
+            if seats:
+                take_seat(self._rank, seats)
+            self._function = load(self._spec)
+            return meet(self._rank, seats, self._store) if seats else None
+        except Exception as error:
+            kind = type(error) if isinstance(error, ElasticError) else TransportError
+            # what the script itself has said is to be near the end of the log
+            raise kind(f"{self._who}: {error_line(error)}", peer=self._spec.name) from error.__cause__ or error
+
+    @property
+    def _who(self) -> str:
+        return f"peer {self._spec.name}" + (f", rank {self._rank}" if self._spec.ranks > 1 else "")
+
+    def _joined(self, spec: PeerSpec, group: dist.ProcessGroup | None) -> Peer:
         return Peer(
             spec.coordinator,
             run=spec.run,
@@ -149,6 +183,7 @@ class PeerHost:
             timeouts=spec.timeouts,
             events_dir=spec.events_dir,
             observe=_observer(spec),
+            process_group=group,
         )
 
     @ray.method(concurrency_group="train")
@@ -161,7 +196,7 @@ class PeerHost:
         except Exception as error:
             if type(error).__module__ == ElasticError.__module__:
                 raise
-            return _raised(error)
+            return _raised(error, f"rank {self._rank}: " if self._spec.ranks > 1 else "")
 
     def _trained(self) -> Trained:
         assert self._peer is not None and self._function is not None, "join first"
@@ -202,7 +237,7 @@ def load(spec: PeerSpec) -> Callable[..., Any]:
     if not spec.pickled:
         return load_function(Path(spec.script), spec.function)
     try:
-        function: Callable[..., Any] = cloudpickle.loads(spec.pickled)  # type: ignore[no-untyped-call]
+        function: Callable[..., Any] = cloudpickle.loads(spec.pickled)
         return function
     except Exception as error:
         raise ConfigurationError(f"the training function cannot be loaded here: {error_line(error)}") from error
@@ -223,9 +258,10 @@ def load_function(script: Path, function: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], found)
 
 
-def _raised(error: Exception) -> Raised:
+def _raised(error: Exception, where: str) -> Raised:
     try:
-        pickled = cloudpickle.dumps(error)
+        pickled: bytes = cloudpickle.dumps(error)  # type: ignore[no-untyped-call]
     except Exception:  # it holds something that does not travel; its words do
         pickled = b""
-    return Raised(line=error_line(error), traceback="".join(traceback.format_exception(error)), pickled=pickled)
+    text = "".join(traceback.format_exception(error))
+    return Raised(line=where + error_line(error), traceback=text, pickled=pickled)

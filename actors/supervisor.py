@@ -57,6 +57,7 @@ class Charge:
         self.log: str | None = None
         self.log_node = ""
         self.unit: Unit | None = None
+        self.ended: Unit | None = None
         self.trained: Trained | None = None
         self.error = self.given_up = ""
         self.task: asyncio.Task[None] | None = None
@@ -217,6 +218,8 @@ class SiteSupervisor:
 
     async def _live(self, charge: Charge) -> None:
         """One life, from its start to the end of its training; raises when it dies or hangs."""
+        if charge.ended is not None:
+            await charge.ended.gone()  # two lives at once would share the memory of one
         charge.lives += 1
         charge.process = await self._placed(charge)
         charge.restarts.began(charge.process.node)
@@ -328,6 +331,7 @@ class SiteSupervisor:
 
     async def _give_up(self, charge: Charge, reason: str, *, vacant: bool = False) -> None:
         """vacant: another site may do better. A life that raised has left the run, and would raise anywhere."""
+        _end(charge)
         if vacant:
             charge.given_up = reason
             self._say()
@@ -381,7 +385,7 @@ def _stop(charge: Charge) -> None:
 def _end(charge: Charge) -> None:
     if charge.unit is not None:
         charge.unit.kill()
-        charge.unit = None
+        charge.ended, charge.log, charge.unit = charge.unit, charge.unit.log, None
 
 
 def _nodes() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -87,7 +88,7 @@ def site(nodes: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     with Coordinator(run="site", policy=RunPolicy(), timeouts=Timeouts(), events=tmp_path / "events.jsonl") as served:
         started: list[Any] = []
 
-        def start(function: str, **policy: Any) -> Any:
+        def start(function: str, ranks: int = 1, **policy: Any) -> Any:
             spec = PeerSpec(
                 coordinator=served.address,
                 run="site",
@@ -96,6 +97,7 @@ def site(nodes: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
                 script=str(script),
                 function=function,
                 events_dir=str(tmp_path),
+                ranks=ranks,
             )
             actor: Any = SiteSupervisor
             log = EventLogSpec(run="site", path=tmp_path / "supervisor.jsonl")
@@ -127,8 +129,9 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in EventReader(folder / "supervisor.jsonl").read() if event["event"] == name]
 
 
-def test_a_node_where_it_died_twice_is_avoided(site: Callable[..., Any], tmp_path: Path) -> None:
-    ended = report(site("dies_twice", pause_seconds=0.1), "finished", "failed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_node_where_it_died_twice_is_avoided(site: Callable[..., Any], tmp_path: Path, ranks: int) -> None:
+    ended = report(site("dies_twice", ranks=ranks, pause_seconds=0.1), "finished", "failed")
     assert (ended.state, ended.lives) == ("finished", 3), ended
     first, second, third = [event["node"] for event in events(tmp_path, "peer.started")]
     assert first == second != third
@@ -145,6 +148,34 @@ def test_the_end_of_a_log_comes_from_the_node_that_has_it(site: Callable[..., An
     there = NodeAffinitySchedulingStrategy(events(tmp_path, "peer.started")[0]["node"], soft=False)
     said = ray.get(_tail.options(scheduling_strategy=there).remote(str(tmp_path / "logs" / "p0.1.log")), timeout=60)
     assert said == ("life 1 was here",)
+
+
+def test_ranks_that_are_one_peer_are_on_one_node_and_peers_on_several(nodes: Any) -> None:
+    from actors.peer import PeerSpec
+    from actors.restarts import Place
+    from actors.unit import NODE_ID, Unit
+
+    about = {"coordinator": "tcp://127.0.0.1:1", "run": "r", "site": "s", "script": "none.py", "cpus": 0.4, "ranks": 2}
+    one, other = sorted(node.node_id for node in nodes.worker_nodes)
+
+    async def node_of(title: str, place: Place, **options: Any) -> str:
+        unit = Unit(PeerSpec(name=title, **about, **options), title, place, None)
+        try:
+            process = await asyncio.wait_for(unit.process(), 150)
+        finally:
+            unit.kill()
+        await unit.gone()
+        assert len(process.pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in process.pids)
+        return process.node
+
+    async def found() -> list[str]:
+        spread = [node_of(f"spread-{number}", Place(), spread=True) for number in range(2)]
+        kept = node_of("kept-0", Place(node=other), spread=True)
+        sent_away = node_of("sent-0", Place(avoid=frozenset({one})), spread=True)
+        labelled = node_of("labelled-0", Place(), labels={NODE_ID: other}, spread=True)
+        return [*await asyncio.gather(*spread), await kept, await sent_away, await labelled]
+
+    assert asyncio.run(found()) == [one, other, other, other, other]
 
 
 def test_without_room_anywhere_it_is_given_up_with_the_reason(site: Callable[..., Any], tmp_path: Path) -> None:
