@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from actors.local_ray import _children, local_ray
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.events import EventReader
@@ -108,14 +107,6 @@ def waits(peer, config):
     note(peer, config)
     peer.wait_for(9, timeout=600)
 """
-
-
-@pytest.fixture(scope="module")
-def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = _children()
-    with local_ray(num_cpus=4, log=tmp_path_factory.mktemp("ray") / "ray.log"):
-        yield
-    assert _children() <= before, "Ray left processes behind"
 
 
 def until(true: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
