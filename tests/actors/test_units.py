@@ -343,8 +343,8 @@ def test_all_shares_together_fit_where_the_whole_would(amount: float, ranks: int
 
 
 def test_what_cannot_be_pickled_is_raised_in_words() -> None:
-    from actors.peer import _raised
+    from actors.peer import Raised
 
     error = ValueError(threading.Lock())
-    raised = _raised(error, "rank 3: ")
+    raised = Raised.of(error, "", "rank 3: ")
     assert raised.pickled == b"" and raised.line.startswith("rank 3: ValueError: <unlocked _thread.lock")
