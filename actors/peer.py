@@ -156,7 +156,7 @@ class PeerHost:
         return Process(
             node=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
-            address=ray.util.get_node_ip_address(),
+            address=own_address(),
             expelled=self._peer.expulsion if self._peer else None,
             reported=self._peer.reports.after(heard) if self._peer else (),
         )
@@ -207,7 +207,7 @@ class PeerHost:
             run=spec.run,
             name=spec.name,
             site=spec.site,
-            listen=spec.listen or f"{ray.util.get_node_ip_address()}:0",
+            listen=spec.listen or f"{own_address()}:0",
             advertise=spec.advertise,
             stripes=spec.stripes,
             timeouts=spec.timeouts,
@@ -234,7 +234,8 @@ class PeerHost:
         with self._peer as peer:
             result = self._function(peer, self._spec.config)
             carried = peer.statistics().group
-        return Trained(pickled=cloudpickle.dumps(result), bytes_sent=carried.bytes_sent + carried.bytes_served)
+        pickled: bytes = cloudpickle.dumps(result)  # type: ignore[no-untyped-call]
+        return Trained(pickled=pickled, bytes_sent=carried.bytes_sent + carried.bytes_served)
 
     @contextlib.contextmanager
     def _last_words(self) -> Iterator[None]:
@@ -289,9 +290,15 @@ def load_function(script: Path, function: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], found)
 
 
+def own_address() -> str:
+    """What Ray has for this node."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
 def _pickled(error: BaseException) -> bytes:
     try:
-        data: bytes = cloudpickle.dumps(error)
+        data: bytes = cloudpickle.dumps(error)  # type: ignore[no-untyped-call]
         return data
     except Exception:  # it holds something that does not travel; its words do
         return b""

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from elastic.errors import ElasticError, NotEnoughPeers
 from elastic.events import EventLog
 
@@ -18,7 +16,7 @@ from .charge import Charge, ChargeReport, nodes
 from .coordinator import CoordinatorHost, CoordinatorSpec
 from .fleet import Need, endpoint, impossible, short, stand
 from .folder import History, RunFolder
-from .peer import PeerSpec
+from .peer import PeerSpec, own_address
 from .restarts import FailureConfig, Restarts
 
 WATCH_SECONDS = 0.2
@@ -99,7 +97,7 @@ class OwnRun:
         if aside := await asyncio.to_thread(self._spec.folder.begin):
             self._events.emit("run.begun_anew", journal=str(aside))
         self.history = History(self._spec.folder.metrics)
-        bind, host = endpoint(self._spec.coordinator.bind or None, known, ray.util.get_node_ip_address())
+        bind, host = endpoint(self._spec.coordinator.bind or None, known, own_address())
         spec = replace(self._spec.coordinator, bind=bind)
         self._host = CoordinatorHost(spec, Restarts(self._policy), self._policy.hang_seconds, self._events.emit)
         address = await self._host.start()

@@ -28,7 +28,7 @@ from elastic.siteline import SiteLine
 
 from .charge import Charge, ChargeReport, answers, awaited
 from .local_ray import error_line
-from .peer import PeerSpec, Process, Raised
+from .peer import PeerSpec, Process, Raised, own_address
 from .restarts import FailureConfig, GiveUp, Place
 from .run import FleetSpec, Left, Outcome, OwnRun
 from .unit import Unit, nodes
@@ -265,7 +265,7 @@ class SiteSupervisor:
     def _check_reach(self, charge: Charge, process: Process) -> None:
         """A run that began on one host is not to be reached from another."""
         if self._run is not None and charge.spec.listen is not None:
-            here = ray.util.get_node_ip_address()
+            here = own_address()
             if process.address != here:
                 raise ConfigurationError(
                     f"{process.address} cannot reach the coordinator, which is on loopback since this Ray had one host "

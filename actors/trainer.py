@@ -320,7 +320,7 @@ def failure_of(report: ChargeReport) -> TrainingFailed:
         from ray import cloudpickle
 
         with contextlib.suppress(Exception):  # its class is not known here
-            error.__cause__ = cloudpickle.loads(raised.pickled)  # type: ignore[no-untyped-call]
+            error.__cause__ = cloudpickle.loads(raised.pickled)
     return error
 
 
