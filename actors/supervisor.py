@@ -26,7 +26,8 @@ from elastic.events import EventLog
 from elastic.messages import SUPERSEDED, GivenUp, Vacancy
 from elastic.siteline import SiteLine
 
-from .charge import Charge, ChargeReport, answers, awaited
+from .charge import Charge, answers, awaited
+from .charge import ChargeReport as ChargeReport
 from .local_ray import error_line
 from .peer import PeerSpec, Process, Raised, own_address
 from .restarts import FailureConfig, GiveUp, Place
@@ -227,7 +228,7 @@ class SiteSupervisor:
             await self._live(charge)
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            await self._raised(charge, Raised.of(cause, error.traceback_str), cause)
+            await self._raised(charge, Raised.of(cause, str(error)), cause)
         except Evicted as error:
             await self._raised(charge, Raised.of(error, ""), error)
         except (RayActorError, GetTimeoutError) as error:

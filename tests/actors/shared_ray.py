@@ -40,6 +40,14 @@ class SharedRay:
 
     def __init__(self) -> None:
         self.before = _children()
+        self._cpus: dict[Any, int] = {}
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         self.folder = Path(f"/tmp/elastic-{secrets.token_hex(4)}")
         self.folder.mkdir(mode=0o700)
         (self.folder / "ray").mkdir()
@@ -52,7 +60,6 @@ class SharedRay:
 
         head = {"num_cpus": 0, "resources": {"head": 9}, "_system_config": QUICK} | COMMON
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._cpus: dict[Any, int] = {}
         ray.init(address=self.cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
 
     def shape(self, *cpus: int) -> Any:

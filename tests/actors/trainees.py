@@ -41,7 +41,7 @@ def learns(peer: elastic.Peer, config: dict[str, Any]) -> dict[str, Any]:
     checkpoints = elastic.Checkpoints(str(peer.storage_path / "checkpoints"), every=1, shared=True)
     with elastic.DiLoCo(model, inner, peer, sync_every=4, checkpoints=checkpoints) as outer:
         for batch in peer.shards(Numbers(config["samples"]), batch_size=2, shard_size=20, epochs=1):
-            loss = model(batch).square().mean()
+            loss = model(batch / config["samples"]).square().mean()
             loss.backward()
             inner.step()
             inner.zero_grad()
