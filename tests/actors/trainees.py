@@ -46,7 +46,7 @@ def learns(peer: elastic.Peer, config: dict[str, Any]) -> dict[str, Any]:
             inner.step()
             inner.zero_grad()
             steps += 1
-            peer.report(loss=loss, metrics={"steps": steps})
+            peer.report(loss=loss.item(), metrics={"steps": steps})
             time.sleep(config["pause"])
             if gate.exists():
                 peer.run_until(rounds=peer.progress.rounds + 2)
