@@ -132,6 +132,10 @@ def _authenticate(folder: Path) -> None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.pop("RAY_ADDRESS", None)  # a Ray that happens to run here is not ours to use
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")  # who had imported Ray before has what was set then
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _settings(num_cpus: int, folder: Path) -> dict[str, Any]:

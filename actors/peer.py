@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import TCPStore
 from elastic.config import Timeouts
 from elastic.errors import ConfigurationError, ElasticError, Evicted, TransportError
 from elastic.peer import Peer
+from elastic.reports import Reported
 from fault.inject import Injection, strike
 
 from .local_ray import error_line
@@ -33,6 +34,7 @@ class PeerSpec:
 
     script: Python file with the training function `function(peer, config)`; or pickled: that function itself, as
     cloudpickle's bytes, which only the peer's own process reads. fault: injected into the first life.
+    listen: of its data plane; None: on the address that Ray has for its node.
     logs_dir: folder for what each life prints; by default `logs` in events_dir, and without either nothing is kept.
     storage_path: the run's folder, for the training function. ranks: processes that are this one peer, on one node.
     cpus, gpus, resources: what it takes of a node, all ranks together; labels: of the nodes that will do. spread:
@@ -48,7 +50,7 @@ class PeerSpec:
     pickled: bytes = b""
     config: dict[str, Any] = field(default_factory=dict)
     stripes: int | str | None = None
-    listen: str = "127.0.0.1:0"
+    listen: str | None = "127.0.0.1:0"
     advertise: str | None = None
     timeouts: Timeouts = field(default_factory=Timeouts)
     events_dir: str | None = None
@@ -73,13 +75,16 @@ class PeerSpec:
 class Process:
     """Where a life runs. node: as Ray knows it. pid: the leader's; pids: of all ranks.
 
-    expelled: why the run goes on without it, if it does.
+    address: what Ray has for the node. expelled: why the run goes on without it, if it does. reported: for the run's
+    history, what has not been heard yet.
     """
 
     node: str
     pid: int
+    address: str = ""
     expelled: Evicted | None = None
     pids: tuple[int, ...] = ()
+    reported: tuple[Reported, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +98,16 @@ class Life:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a life that ran to its end leaves behind. result: of the training function."""
+    """What a life that ran to its end leaves behind. pickled: what its training function returned, as cloudpickle's
+    bytes: whoever wants it reads it, and the supervisor need not know its class."""
 
-    result: Any
+    pickled: bytes
     bytes_sent: int
+
+    @property
+    def result(self) -> Any:
+        """What the training function returned."""
+        return cloudpickle.loads(self.pickled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +115,25 @@ class Raised:
     """How a training function has ended that raised something of its own.
 
     line: class and words, and of several ranks, which. pickled: the exception as cloudpickle's bytes, for a process
-    that knows its class to read; empty if it cannot be pickled.
+    that knows its class to read; empty if it cannot be pickled. retryable, retry_after: what it says of itself.
     """
 
     line: str
     traceback: str
     pickled: bytes = b""
+    retryable: bool = False
+    retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, traceback: str, where: str = "") -> Raised:
+        after = getattr(error, "retry_after", None)
+        return cls(
+            line=where + error_line(error),
+            traceback=traceback,
+            pickled=_pickled(error),
+            retryable=bool(getattr(error, "retryable", False)),
+            retry_after=float(after) if isinstance(after, (int, float)) and after >= 0 else None,
+        )
 
 
 class PeerHost:
@@ -127,9 +151,15 @@ class PeerHost:
         self._function: Callable[..., Any] | None = None
 
     @ray.method(concurrency_group="control")
-    def process(self) -> Process:
-        expelled = self._peer.expulsion if self._peer else None
-        return Process(node=ray.get_runtime_context().get_node_id(), pid=os.getpid(), expelled=expelled)
+    def process(self, heard: int = 0) -> Process:
+        """heard: the number of the last entry for the run's history that has arrived."""
+        return Process(
+            node=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            address=own_address(),
+            expelled=self._peer.expulsion if self._peer else None,
+            reported=self._peer.reports.after(heard) if self._peer else (),
+        )
 
     @ray.method(concurrency_group="control")
     def drain(self, seconds: float) -> None:
@@ -177,7 +207,7 @@ class PeerHost:
             run=spec.run,
             name=spec.name,
             site=spec.site,
-            listen=spec.listen,
+            listen=spec.listen or f"{own_address()}:0",
             advertise=spec.advertise,
             stripes=spec.stripes,
             timeouts=spec.timeouts,
@@ -196,14 +226,16 @@ class PeerHost:
         except Exception as error:
             if type(error).__module__ == ElasticError.__module__:
                 raise
-            return _raised(error, f"rank {self._rank}: " if self._spec.ranks > 1 else "")
+            where = f"rank {self._rank}: " if self._spec.ranks > 1 else ""
+            return Raised.of(error, "".join(traceback.format_exception(error)), where)
 
     def _trained(self) -> Trained:
         assert self._peer is not None and self._function is not None, "join first"
         with self._peer as peer:
             result = self._function(peer, self._spec.config)
             carried = peer.statistics().group
-        return Trained(result=result, bytes_sent=carried.bytes_sent + carried.bytes_served)
+        pickled: bytes = cloudpickle.dumps(result)  # type: ignore[no-untyped-call]
+        return Trained(pickled=pickled, bytes_sent=carried.bytes_sent + carried.bytes_served)
 
     @contextlib.contextmanager
     def _last_words(self) -> Iterator[None]:
@@ -258,10 +290,15 @@ def load_function(script: Path, function: str) -> Callable[..., Any]:
     return cast(Callable[..., Any], found)
 
 
-def _raised(error: Exception, where: str) -> Raised:
+def own_address() -> str:
+    """What Ray has for this node."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
+
+
+def _pickled(error: BaseException) -> bytes:
     try:
-        pickled: bytes = cloudpickle.dumps(error)  # type: ignore[no-untyped-call]
+        data: bytes = cloudpickle.dumps(error)  # type: ignore[no-untyped-call]
+        return data
     except Exception:  # it holds something that does not travel; its words do
-        pickled = b""
-    text = "".join(traceback.format_exception(error))
-    return Raised(line=where + error_line(error), traceback=text, pickled=pickled)
+        return b""

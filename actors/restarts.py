@@ -1,7 +1,8 @@
 """When, and where, the next life of a peer begins, and when there is none: a pure account of its deaths.
 
 A node where a peer has died repeatedly may be what kills it; so another one is preferred then. The first restart comes
-at once, later ones after ever longer pauses, so that a crash loop does not spin.
+at once, later ones after ever longer pauses, so that a crash loop does not spin. Who dies with its node is not to
+blame.
 """
 
 from __future__ import annotations
@@ -98,6 +99,10 @@ class Restarts:
         # the exponent is bounded: a float has an end
         return Restart(after=min(self._policy.longest_pause, self._policy.pause_seconds * 2.0 ** min(count - 2, 60)))
 
+    def excuse(self, node: str) -> None:
+        """The node is gone: the deaths there were its own."""
+        self._deaths = [death for death in self._deaths if death.node != node]
+
     def unplaced(self, place: Place, now: float) -> None:
         """The node had no room, or was gone: it is avoided for the window."""
         if place.node:
@@ -109,6 +114,9 @@ class Restarts:
         alive: the nodes as Ray knows them.
         """
         self._forget(now)
+        for death in list(self._deaths):
+            if death.node and death.node not in alive:
+                self.excuse(death.node)
         avoid = frozenset(node for node in alive if self._avoids(node))
         places = []
         if self._home in alive - avoid:

@@ -20,6 +20,8 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from .fleet import selected
+from .local_ray import NAMESPACE
 from .peer import Life, PeerActor, PeerSpec, Process, Raised, Trained
 from .restarts import Place
 
@@ -49,17 +51,17 @@ class Unit:
     def _begin(self, spec: PeerSpec, title: str, place: Place) -> None:
         if spec.ranks == 1:
             options = _needs(spec) | _where(spec, place)
-            self._actors.append(PeerActor.options(name=title, **options).remote(spec, self.log))
+            self._actors.append(_named(title, options).remote(spec, self.log))
             return
         self._group = _room(spec, place)
         for rank, log in enumerate(self._logs):
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             options = _needs(spec) | {"scheduling_strategy": strategy}
-            self._actors.append(PeerActor.options(name=f"{title}.r{rank}", **options).remote(spec, log, rank))
+            self._actors.append(_named(f"{title}.r{rank}", options).remote(spec, log, rank))
 
-    def process(self) -> Awaitable[Process]:
-        """Where it runs, and how it is: an answer says that all of it is alive."""
-        return self._process([actor.process.remote() for actor in self._actors])
+    def process(self, heard: int = 0) -> Awaitable[Process]:
+        """Where it runs, and how it is: an answer says that all of it is alive. heard: as in `PeerHost.process`."""
+        return self._process([actor.process.remote(heard) for actor in self._actors])
 
     async def _process(self, calls: list[Any]) -> Process:
         ranks: list[Process] = await asyncio.gather(*calls)
@@ -150,6 +152,10 @@ def _room(spec: PeerSpec, place: Place) -> PlacementGroup:
     return group
 
 
+def _named(title: str, options: dict[str, Any]) -> Any:
+    return PeerActor.options(name=title, namespace=NAMESPACE, **options)
+
+
 def _needs(spec: PeerSpec) -> dict[str, Any]:
     """What one rank takes."""
     resources = {name: _share(amount, spec.ranks) for name, amount in spec.resources.items()}
@@ -183,17 +189,10 @@ def _spread(spec: PeerSpec, bundle: dict[str, float], labels: dict[str, str]) ->
         name
         for name, node in sorted(nodes().items())
         if all(node["Resources"].get(kind, 0) >= amount * spec.ranks for kind, amount in bundle.items())
-        and all(_selects(wanted, node["Labels"].get(label, "")) for label, wanted in labels.items())
+        and all(selected(node["Labels"].get(label), wanted) for label, wanted in labels.items())
     ]
     number = re.search(r"\d*$", spec.name)
     return fit[int(number[0] or 0) % len(fit)] if fit and number else None
-
-
-def _selects(wanted: str, value: str) -> bool:
-    """Ray's selectors: VALUE, !VALUE, in(A,B), !in(A,B)."""
-    plain = wanted.removeprefix("!")
-    choices = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
-    return (value in (choice.strip() for choice in choices)) != wanted.startswith("!")
 
 
 # --- nodes ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from . import exits
 from .view import PeerRow, Snapshot, View, make_view
 
 if TYPE_CHECKING:
-    from actors.supervisor import ChargeReport
+    from actors.charge import ChargeReport
     from elastic.messages import MemberReport, StatusReport
 
 RUN = "demo"

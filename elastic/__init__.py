@@ -17,6 +17,7 @@ import fault as _below
 
 if TYPE_CHECKING:
     from actors.settings import FailureConfig, RunConfig, ScalingConfig
+    from actors.trainer import Result, Trainer
     from collectives import LinkOptions
 
     from .checkpoints import Checkpoints
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Quarantined,
         RoundAborted,
         StateError,
+        TrainingFailed,
         TransferInterrupted,
         TransportError,
         VersionMismatch,
@@ -79,6 +81,7 @@ _HOMES = {
             "Quarantined",
             "RoundAborted",
             "StateError",
+            "TrainingFailed",
             "TransferInterrupted",
             "TransportError",
             "VersionMismatch",
@@ -101,6 +104,7 @@ _HOMES = {
     **dict.fromkeys(("Finished", "Gathered", "Peer", "PeerView", "Reduced", "Scattered", "Work"), "peer"),
     "LinkOptions": "peer",
     **dict.fromkeys(("FailureConfig", "RunConfig", "ScalingConfig"), "actors.settings"),
+    **dict.fromkeys(("Result", "Trainer"), "actors.trainer"),
 }
 
 __all__ = [
@@ -149,6 +153,7 @@ __all__ = [
     "Quarantined",
     "Ramp",
     "Reduced",
+    "Result",
     "RoundAborted",
     "RunConfig",
     "RunPolicy",
@@ -162,6 +167,8 @@ __all__ = [
     "Throughput",
     "Timeouts",
     "Tokens",
+    "Trainer",
+    "TrainingFailed",
     "TransferInterrupted",
     "TransportError",
     "TrimmedMean",

@@ -17,6 +17,7 @@
         NoSource                         nobody alive holds the state that is needed
         TransferInterrupted              every source went away in mid transfer; retry
         CheckpointMismatch               the stored state does not belong to this model or run
+      TrainingFailed                     a peer of a Trainer's run has failed for good; how is in its own words
 
 `retryable` says whether the same call, made again, can succeed. All of them pickle, so that Ray can carry them within
 a site; nothing received from another site is ever unpickled.
@@ -140,3 +141,23 @@ class TransferInterrupted(StateError):
 
 class CheckpointMismatch(StateError):
     """Stored state does not belong to this model, algorithm or run; the difference is named."""
+
+
+class TrainingFailed(ElasticError):
+    """A peer has failed in a way that another life of it does not mend. The first line names it and says why.
+
+    traceback: of its own process, where its training function raised; else the last lines that it printed. It follows
+    the first line. The exception itself is the cause (`__cause__`) where its class is known here.
+    """
+
+    def __init__(self, message: str, *, peer: str = "", round: int = -1, epoch: int = -1, traceback: str = "") -> None:
+        super().__init__(f"{message}\n{traceback}" if traceback else message, peer=peer, round=round, epoch=epoch)
+        self.traceback = traceback
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_failed, (self._message, self.peer, self.round, self.epoch, self.traceback)
+
+
+def _rebuild_failed(message: str, peer: str, round: int, epoch: int, traceback: str) -> TrainingFailed:
+    return TrainingFailed(message, peer=peer, round=round, epoch=epoch, traceback=traceback)

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +96,7 @@ from .messages import (
 )
 from .operations import ASK_AGAIN_SECONDS, Executor, Inbox, Operation, Outcome, Renewed, refusal, segment_of
 from .ranks import ALONE, Alone
+from .reports import Reports, plain
 from .runstate import LINEAGE, RunState
 from .telemetry import Telemetry, TelemetryStatistics
 from .tensors import Reserve, Staged, Tensors, check_finite, check_weight, settle, spec_of, stage, wires_of
@@ -314,6 +315,7 @@ class Peer:
         self.life = 0
         self._progress = RunProgress()
         self._status = PeerStatus()
+        self.reports = Reports()
         self._changed = threading.Condition()
         self._members: dict[str, Member] = {}
         self._generation = self._generation_welcomed = self._epoch = 0
@@ -605,19 +607,25 @@ class Peer:
         """
         return self.telemetry.activity.waiting()
 
-    def report(self, **status: Any) -> None:
+    def report(self, *, metrics: Mapping[str, Any] | None = None, **status: Any) -> None:
         """Sets fields of the status that rides on heartbeats: state, step, loss, held_out_loss, tokens_per_second,
         steps_per_second (an outer loop reports that itself).
 
         held_out_loss: of the outer parameters (`outer.evaluating()`); a run may have a target for it. Numbers may be of
         any kind that float() takes, tensors of one element too. An unknown field, or a value of another kind, is a
         ConfigurationError.
+        metrics: numbers of your own by name, which become one entry of the run's history where a `Trainer` runs this
+        peer (`Result.metrics_history`), with the step, the loss and the round that it is at.
         """
         try:
-            plain = {name: REPORTED[name](value) for name, value in status.items()}
+            known = {name: REPORTED[name](value) for name, value in status.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(f"cannot report {status}: {error!r}; known are {', '.join(REPORTED)}") from None
-        self._status = dataclasses.replace(self._status, **plain)
+        entry = None if metrics is None else plain(metrics)
+        self._status = now = dataclasses.replace(self._status, **known)
+        if entry is not None:
+            where = {"round": self.progress.rounds, "step": now.step, "loss": now.loss}
+            self.reports.add(time_unix=time.time(), metrics=entry, **where)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -19,6 +19,7 @@ from .lanes import Lane, LanedGroup, LaneFacts, open_lane
 from .messages import Message, RunProgress
 from .peer import SIGTERM_SECONDS, Peer, PeerView, Reduced, Work, open_group
 from .ranks import Ranks
+from .reports import Reports
 from .telemetry import Telemetry
 
 LANE_OPTIONS = ("run", "name", "incarnation", "options")  # what the groups of all ranks have in common
@@ -124,6 +125,7 @@ class RankedPeer(Peer):
         self._fatal = None
         self._drain_until = self._sigterm = None
         self.when_idle, self.when_leaving, self.recomputes = [], [], {}
+        self.reports = Reports()
         self.data, self.telemetry = Data(self), Telemetry()
         folder = options.get("events_dir") or environment().get("ELASTIC_EVENTS_DIR")
         self.events = self._event_log(folder, f"{self.name}.rank{self.ranks.rank}")
@@ -205,9 +207,9 @@ class RankedPeer(Peer):
         else:
             self.ranks.wants_end = True
 
-    def report(self, **status: Any) -> None:
+    def report(self, *, metrics: Mapping[str, Any] | None = None, **status: Any) -> None:
         if self.ranks.leads:
-            super().report(**status)
+            super().report(metrics=metrics, **status)
 
     def send(self, message: Message) -> None:
         if self.ranks.leads:

@@ -66,7 +66,7 @@ class Saver:
             return self._store.newest(
                 algorithm=self._spec.algorithm,
                 fingerprint=self._layout.fingerprint,
-                rank=_history,
+                rank=history_of,
                 refused=self._refuse,
             )
         except OSError as error:
@@ -173,7 +173,7 @@ class Saver:
         )
 
 
-def _history(manifest: Manifest) -> tuple[int, int, int]:
+def history_of(manifest: Manifest) -> tuple[int, int, int]:
     """How much a checkpoint has behind it. A higher version that the run has gone back from has less."""
     try:
         state = RunState.from_bytes(manifest.run_state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,21 +13,11 @@ from typing import Any
 
 import pytest
 
-from actors.local_ray import NAMESPACE, OBJECT_STORE_BYTES, _adopt_orphans, _authenticate, _children, _end, _reap
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.events import EventReader
 
 pytestmark = pytest.mark.timeout(240)
-
-# How soon Ray calls a node dead that was killed: about a second, instead of a quarter of a minute.
-QUICK = {
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-    "health_check_initial_delay_ms": 1000,
-    "timeout_ms_task_wait_for_death_info": 100,
-}
 
 SCRIPT = """
 import os, signal, time
@@ -44,34 +33,6 @@ def waits_once(peer, config):
         time.sleep(1000)
     return {"life": peer.life}
 """
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
-    """A head without CPUs, which holds the supervisors, and two nodes with room for one peer each."""
-    folder, before = Path(f"/tmp/elastic-{secrets.token_hex(4)}"), _children()
-    folder.mkdir(mode=0o700)
-    (folder / "ray").mkdir()
-    os.environ["RAY_TMPDIR"] = str(folder)  # the cluster notes its address there, and not where others would find it
-    _adopt_orphans()
-    _authenticate(folder)
-    import ray
-    from ray.cluster_utils import Cluster
-
-    common = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    try:
-        head = {"num_cpus": 0, "resources": {"head": 9}, "_system_config": QUICK} | common
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **common)
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        yield cluster
-    finally:
-        del os.environ["RAY_TMPDIR"]
-        ray.shutdown()
-        _end(lambda: _children() - before)
-        _reap(before)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -138,15 +99,13 @@ def test_a_node_where_it_died_twice_is_avoided(site: Callable[..., Any], tmp_pat
 
 
 def test_the_end_of_a_log_comes_from_the_node_that_has_it(site: Callable[..., Any], tmp_path: Path) -> None:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from actors.supervisor import _tail
+    from actors.logs import tail
+    from actors.unit import on_node
 
     ended = report(site("dies_twice", max_restarts=0), "failed")
     assert ended.error.endswith(f"the last lines of {tmp_path}/logs/p0.1.log:\n  life 1 was here")
-    there = NodeAffinitySchedulingStrategy(events(tmp_path, "peer.started")[0]["node"], soft=False)
-    said = ray.get(_tail.options(scheduling_strategy=there).remote(str(tmp_path / "logs" / "p0.1.log")), timeout=60)
+    node = events(tmp_path, "peer.started")[0]["node"]
+    said = asyncio.run(on_node(node, 60.0, tail, str(tmp_path / "logs" / "p0.1.log")))
     assert said == ("life 1 was here",)
 
 

@@ -77,7 +77,7 @@ times = 8
 
 
 @pytest.fixture
-def chaos(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def chaos(no_ray: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Ray whose processes take orders from this folder."""
     folder = tmp_path_factory.mktemp("chaos")
     folder.chmod(0o700)

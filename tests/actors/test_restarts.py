@@ -62,6 +62,17 @@ def test_a_node_that_is_dead_or_has_no_room_is_avoided() -> None:
     assert restarts.places(NODES, 1.0) == (Place(avoid=frozenset("a")), Place())
 
 
+def test_who_died_with_its_node_is_not_to_blame() -> None:
+    restarts = Restarts(FailureConfig(max_restarts=1))
+    restarts.began("a")
+    deaths(restarts, 0.0)
+    assert restarts.places(frozenset("bc"), 1.0) == (Place(),)
+    assert deaths(restarts, 2.0, node="b") == [Restart(after=0.0)], "the death on a is no longer counted"
+    assert isinstance(restarts.died("b", "it hangs", 3.0), GiveUp)
+    restarts.excuse("b")
+    assert restarts.died("c", "it hangs", 4.0) == Restart(after=0.0)
+
+
 def test_where_there_is_no_other_node_it_goes_back_to_the_one_where_it_died() -> None:
     restarts = Restarts(FailureConfig(max_restarts=9))
     restarts.began("a")
@@ -91,6 +102,8 @@ def test_whatever_the_story_the_limits_hold(story: Story, limit: int, per_node: 
         assert isinstance(verdict, GiveUp) == (len(recent) > limit)
         assert isinstance(verdict, GiveUp) or (0 <= verdict.after <= 5.0 and (verdict.after == 0) == (len(recent) == 1))
         tried = restarts.places(alive, now)
+        recent = [where for where in recent if where in alive]
+        past = [(where, at) for where, at in past if where in alive]
         bad = {where for where in alive if recent.count(where) >= per_node}
         assert tried[-1] == Place(), "better anywhere than nowhere"
         assert (Place(node=node) in tried) == (node in alive - bad)

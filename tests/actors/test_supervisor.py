@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 
-from actors.local_ray import _children, local_ray
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError
 from elastic.events import EventReader
 
-# One Ray for all tests of the module takes four seconds to start; each test then has a run of its own.
 pytestmark = pytest.mark.timeout(180)
 
 SHORT = Timeouts(chunk=1.0, evict_after=2.0)
@@ -124,14 +122,6 @@ def hangs_once(peer, config):
         time.sleep(1000)
     return {"life": peer.life}
 """
-
-
-@pytest.fixture(scope="module")
-def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = _children()
-    with local_ray(num_cpus=4, log=tmp_path_factory.mktemp("ray") / "ray.log"):
-        yield
-    assert _children() <= before, "Ray left processes behind"
 
 
 class Run:

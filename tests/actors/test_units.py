@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from actors.local_ray import _children, local_ray
 from elastic.config import RunPolicy, Timeouts
 from elastic.coordinator import Coordinator
 from elastic.events import EventReader
@@ -108,14 +107,6 @@ def waits(peer, config):
     note(peer, config)
     peer.wait_for(9, timeout=600)
 """
-
-
-@pytest.fixture(scope="module")
-def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    before = _children()
-    with local_ray(num_cpus=4, log=tmp_path_factory.mktemp("ray") / "ray.log"):
-        yield
-    assert _children() <= before, "Ray left processes behind"
 
 
 def until(true: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
@@ -352,8 +343,8 @@ def test_all_shares_together_fit_where_the_whole_would(amount: float, ranks: int
 
 
 def test_what_cannot_be_pickled_is_raised_in_words() -> None:
-    from actors.peer import _raised
+    from actors.peer import Raised
 
     error = ValueError(threading.Lock())
-    raised = _raised(error, "rank 3: ")
+    raised = Raised.of(error, "", "rank 3: ")
     assert raised.pickled == b"" and raised.line.startswith("rank 3: ValueError: <unlocked _thread.lock")

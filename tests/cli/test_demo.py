@@ -173,7 +173,7 @@ def test_what_it_leaves_behind(finished: tuple[Path, dict[str, Any], str]) -> No
 
 
 def test_why_a_peer_was_given_up_is_said_with_its_last_words() -> None:
-    from actors.supervisor import ChargeReport
+    from actors.charge import ChargeReport
     from cli.demo import _failure
 
     error = "ended 4 times within 29 s (it hangs)\nthe last lines of logs/peer-1.4.log:\n  the last word"
