@@ -118,6 +118,7 @@ class SiteSupervisor:
         self._policy, self._room = policy, room
         self._events = EventLog(events.path, run=events.run)
         self._line: SiteLine | None = None
+        self._draining = False
 
     async def start(self) -> None:
         """Starts every peer; returns at once."""
@@ -126,11 +127,15 @@ class SiteSupervisor:
         def offered(vacancy: Vacancy) -> None:
             loop.call_soon_threadsafe(self._offered, vacancy)
 
+        def asked(seconds: float) -> None:
+            asyncio.run_coroutine_threadsafe(self.drain(seconds), loop)
+
         self._line = SiteLine(
             about.coordinator,
             about.run,
             about.site,
             on_vacancy=offered,
+            on_drain=asked,
             every=about.timeouts.heartbeat,
             patience=2 * about.timeouts.chunk,
         )
@@ -140,6 +145,19 @@ class SiteSupervisor:
 
     async def report(self) -> list[ChargeReport]:
         return [_report(charge) for charge in self._charges.values()]
+
+    async def drain(self, seconds: float) -> None:
+        """Every peer makes one last exchange within so many seconds, and leaves; nobody is started again."""
+        if self._draining:
+            return
+        self._draining, self._room = True, 0
+        for charge in self._charges.values():
+            if charge.state == "running" and charge.unit is not None:
+                charge.unit.drain(seconds)
+            elif not charge.done:
+                _stop(charge)
+                charge.state = "finished"
+        self._say()
 
     async def stop(self) -> None:
         """Ends every peer at once and starts none again."""
@@ -321,6 +339,9 @@ class SiteSupervisor:
 
     async def _restart(self, charge: Charge, after: float, reason: str) -> None:
         charge.state, charge.life, charge.process = "restarting", None, None
+        if self._draining:
+            charge.state = "finished"
+            return
         charge.spec = replace(charge.spec, fault=None)  # a fault strikes one life only
         _end(charge)
         self._events.emit("peer.restarted", peer=charge.name, life=charge.lives + 1, after=after, reason=reason)
