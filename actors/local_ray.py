@@ -70,7 +70,7 @@ def running_ray(address: str, *, log: Path) -> Iterator[None]:
     """A connection to a Ray that runs already, for the duration of the context: HOST:PORT of its head, or "auto".
 
     It is left as it is; what this process starts there ends with the connection. Standard output and error as in
-    `local_ray`. Raises ElasticError if there is none, or it does not take this process.
+    `local_ray`. Raises ConnectionError if there is none, or it does not take this process.
     """
     _check_answers(address)
     with log.open("ab") as file, _standard_streams_to(file):
@@ -79,7 +79,7 @@ def running_ray(address: str, *, log: Path) -> Iterator[None]:
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
         except Exception as error:
-            raise ElasticError(
+            raise ConnectionError(
                 f"the Ray at {address!r} does not take this process: {' '.join(str(error).split())} (if it asks for a "
                 "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here, too)"
             ) from None
@@ -98,7 +98,7 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host, port), ANSWER_SECONDS).close()
     except OSError as error:
-        raise ElasticError(f"no Ray answers at {address}: {error.strerror or error}") from None
+        raise ConnectionError(f"no Ray answers at {address}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -304,6 +304,7 @@ class Site:
         self._rows = Rows()
         self._supervisor: Any = None
         self._away = 0.0
+        self._code = exits.FAILED  # should there be failures
 
     @property
     def _stream(self) -> TextIO:
@@ -360,6 +361,7 @@ class Site:
 
     def _start(self) -> None:
         import ray
+        from ray.exceptions import ActorAlreadyExistsError
 
         from actors.restarts import FailureConfig
         from actors.room import nodes_here
@@ -370,10 +372,15 @@ class Site:
         actor: Any = SiteSupervisor
         log = EventLogSpec(run=s.where.run, path=s.out / "events" / "supervisor.jsonl")
         specs = [self._spec(name, number) for number, name in enumerate(s.names)]
-        template = self._spec(f"{s.name}-guest", s.peers)
-        self._supervisor = actor.options(name=f"{s.where.run}.{s.name}.supervisor").remote(
-            specs, FailureConfig(max_restarts=s.max_restarts), log, room=s.room, template=template
-        )
+        guest, policy = self._spec(f"{s.name}-guest", s.peers), FailureConfig(max_restarts=s.max_restarts)
+        try:
+            self._supervisor = actor.options(name=f"{s.where.run}.{s.name}.supervisor").remote(
+                specs, policy, log, room=s.room, template=guest
+            )
+        except ActorAlreadyExistsError:
+            raise ConfigurationError(
+                f"another command keeps a site {s.name!r} on this Ray: choose another --name"
+            ) from None
         ray.get(self._supervisor.start.remote())
 
     def _spec(self, name: str, number: int) -> PeerSpec:
@@ -435,8 +442,12 @@ class Site:
     def _note_failure(self, error: Exception) -> None:
         from actors.local_ray import error_line
 
+        if isinstance(error, ConnectionError):
+            self._code = exits.NETWORK
+        elif isinstance(error, ConfigurationError):
+            self._code = exits.USAGE
         if not self.signals.interrupted:  # else it is what a library made of the interruption
-            self.failures.append(error_line(error))
+            self.failures.append(str(error) if self._code == exits.NETWORK else error_line(error))
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
@@ -493,14 +504,14 @@ class Site:
     def _exit_code(self) -> int:
         if self.signals.number or self.signals.interrupted:
             return exits.told_by(self.signals.number)
-        return exits.FAILED if self.failures else exits.OK
+        return self._code if self.failures else exits.OK
 
     def _words(self, code: int) -> Iterator[str]:
         rounds = self.report.progress.rounds if self.report else 0
         over = "is over" if self.report and self.report.progress.finished else "goes on"
         if code == exits.OK:
             yield f"site {self.settings.name} has left; run {self.settings.where.run} {over}, after {rounds} rounds"
-        elif code != exits.FAILED:
+        elif code in (exits.INTERRUPTED, exits.TERMINATED):
             left = [charge.name for charge in self.charges if charge.state == "finished"]
             yield f"interrupted; {', '.join(left) or 'nobody'} left in good order"
 
