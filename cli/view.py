@@ -336,7 +336,7 @@ def draining(event: Event) -> str:
 
 
 def away(event: Event) -> str:
-    return f"the coordinator has not answered for {field(event, 'seconds')} s: this site trains on, and waits for it"
+    return f"the coordinator has not answered for {field(event, 'seconds')} s: peers train up to their next round, and wait for it"
 
 
 def back(event: Event) -> str:
