@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-UNITS = {"CPU": "CPUs", "GPU": "GPUs"}
-
 
 def nodes_here() -> list[dict[str, float]]:
     """What each living node of this process's Ray has, whoever uses it now."""
@@ -22,10 +20,15 @@ def shortage(needs: Mapping[str, float], peers: int, nodes: Iterable[Mapping[str
     room = sum(_fit(needed, node) for node in nodes) if needed else math.inf
     if room >= peers:
         return ""
-    there = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {UNITS.get(name, name)}" for name in needed)
-    each = " and ".join(f"{amount:g} {UNITS.get(name, name)}" for name, amount in needed.items())
+    there = " and ".join(_amount(name, sum(node.get(name, 0.0) for node in nodes)) for name in needed)
+    each = " and ".join(_amount(name, amount) for name, amount in needed.items())
     where = f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
-    return f"{peers} peers need {each} each; there are {there}{where}, which is room for {room}"
+    wanted = f"{peers} peers need" if peers > 1 else "1 peer needs"
+    return f"{wanted} {each} each; here is {there}{where}, which is room for {room}"
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount:g} {name}{'s' if name in ('CPU', 'GPU') and amount != 1 else ''}"
 
 
 def _fit(needed: Mapping[str, float], node: Mapping[str, float]) -> int:

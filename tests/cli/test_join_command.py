@@ -285,7 +285,7 @@ def test_a_running_ray_is_used_and_left_as_it_is(tmp_path: Path) -> None:
             many = served.join(EXAMPLE, "--peers", "3", "--ray", address, out="many")
             code, _, told = served.ended(many, "many")
             assert (code, told) == (2, (
-                "elastic join: 3 peers need 1 CPUs each; there are 2 CPUs, which is room for 2: "
+                "elastic join: 3 peers need 1 CPU each; here is 2 CPUs, which is room for 2: "
                 "lower --peers, --room or what each of them takes\n"
             ))  # fmt: skip
             process = served.join(EXAMPLE, "--peers", "2", "--config", "sync_every=20", "--ray", address)
@@ -357,7 +357,7 @@ def refused(folder: Path, *arguments: str) -> tuple[int, str]:
         ([NOWHERE, "fine.py", "--stripes", "0"], "--stripes is '0': it must be auto"),
         ([NOWHERE, "fine.py", "--name", "a b"], "site 'a b' is not a name"),
         ([NOWHERE, "fine.py", "--listen", "here"], "listen 'here' is not HOST:PORT"),
-        ([NOWHERE, "fine.py", "--peers", "999"], "999 peers need 1 CPUs each; there are"),
+        ([NOWHERE, "fine.py", "--peers", "999"], "999 peers need 1 CPU each; here is"),
         ([NOWHERE, "fine.py", "--peers", "0"], "0 is not in the range"),
     ],
 )
