@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.25
 STOP_SECONDS = 2.0
 AWAY_SECONDS = 5.0  # of a coordinator's silence before that is said
-LAST_SECONDS = 5.0  # beyond the drain's own time, for peers to be gone
+LAST_SECONDS = 10.0  # beyond the drain's own time, for peers to be gone
 DONE = ("finished", "failed")
 
 
