@@ -336,7 +336,8 @@ def draining(event: Event) -> str:
 
 
 def away(event: Event) -> str:
-    return f"the coordinator has not answered for {field(event, 'seconds')} s: peers train up to their next round, and wait for it"
+    silent = f"the coordinator has not answered for {field(event, 'seconds')} s"
+    return f"{silent}: peers train up to their next round, and wait for it"
 
 
 def back(event: Event) -> str:
