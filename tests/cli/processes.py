@@ -24,8 +24,16 @@ def processes_of(session: int, words: str = "") -> dict[int, str]:
 
 
 def left_folders() -> set[Path]:
-    """Of Rays of our own."""
-    return set(Path("/tmp").glob("elastic-*"))
+    """Of Rays of our own that nothing runs in: others may test on this machine, too."""
+    lines = [line for entry in Path("/proc").glob("[0-9]*/cmdline") if (line := _read(entry))]
+    return {folder for folder in Path("/tmp").glob("elastic-*") if not any(str(folder) in line for line in lines)}
+
+
+def _read(entry: Path) -> str:
+    try:
+        return entry.read_text()
+    except OSError:  # it has ended meanwhile
+        return ""
 
 
 def wait_for(true: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90.0) -> None:

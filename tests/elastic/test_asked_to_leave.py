@@ -55,9 +55,9 @@ class Story:
         self.durable += sum(isinstance(effect, Persist) for effect in effects)
         return sent
 
-    def say(self, name: str, kind: type[Any], incarnation: int, **fields: Any) -> list[Any]:
+    def say(self, sender: str, kind: type[Any], incarnation: int, /, **fields: Any) -> list[Any]:
         stamp = {"run": RUN, "incarnation": incarnation, "generation": self.membership.generation}
-        return self._take(self.membership.receive(name, kind(**stamp, **fields), 1.0))
+        return self._take(self.membership.receive(sender, kind(**stamp, **fields), 1.0))
 
     def join(self, name: str, site: str, incarnation: int) -> None:
         self.say(name, Join, incarnation, member=Member(name=name, incarnation=incarnation, addresses=()), site=site)
@@ -161,7 +161,7 @@ def test_asking_changes_nothing_that_lasts_and_no_round() -> None:
     world.deliver_up(peer, 100)
     world.deliver_down(peer, 100)
     world.to_coordinator("inquirer", LeaveRequest(run=RUN, incarnation=5, name="a", seconds=9.0))
-    told = [message for message, _ in world.host.down[peer.incarnation]]
+    told = world.host.down[peer.incarnation]
     assert [message.seconds for message in told if isinstance(message, Drain)] == [9.0]
     world.kill_coordinator()
     world.restart()
