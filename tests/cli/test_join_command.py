@@ -310,7 +310,7 @@ SCRIPTS = {
     "broken.py": "import os\ndef train(peer, config)\n    pass\n",
     "other.py": "def learn(peer, config):\n    pass\n",
     "short.py": "def train(peer):\n    pass\n",
-    "random.py": "def train(peer, config):\n    pass\n",
+    "turtle.py": "def train(peer, config):\n    pass\n",
     "list.json": "[1]",
 }
 NOWHERE = "elastic://127.0.0.1:9/corn"
@@ -350,7 +350,7 @@ def refused(folder: Path, *arguments: str) -> tuple[int, str]:
         ([NOWHERE, "broken.py"], "broken.py is no Python: line 2: expected ':'"),
         ([NOWHERE, "other.py"], "other.py has no function 'train': write def train(peer, config), or say --function"),
         ([NOWHERE, "short.py"], "short.py, line 1: train is called as train(peer, config)"),
-        ([NOWHERE, "random.py"], "random.py cannot be imported under its name"),
+        ([NOWHERE, "turtle.py"], "turtle.py cannot be imported under its name"),
         ([NOWHERE, "fine.py", "--config", "lr"], "--config 'lr' is neither KEY=VALUE nor @FILE.json"),
         ([NOWHERE, "fine.py", "--config", "@no.json"], "cannot read no.json: No such file"),
         ([NOWHERE, "fine.py", "--config", "@list.json"], "list.json holds no JSON object"),
