@@ -19,7 +19,7 @@ import pytest
 from benchmarks.wan.wan import Wan
 from elastic.events import EventReader
 
-pytestmark = [pytest.mark.wan, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.wan, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 TOPOLOGY: dict[str, Any] = {
     "sites": {"a": {}, "b": {}},
@@ -71,7 +71,7 @@ class Recipe:
     def contributions(self, name: str) -> int:
         return sum(name in event["contributors"] for event in self.events("run.jsonl", "round.committed"))
 
-    def until(self, true: Callable[[], Any], what: str, seconds: float = 120.0) -> None:
+    def until(self, true: Callable[[], Any], what: str, seconds: float = 180.0) -> None:
         deadline, pause = time.monotonic() + seconds, threading.Event()
         while not true():
             for label, process in self.processes.items():
@@ -82,7 +82,7 @@ class Recipe:
 
     def end(self, label: str) -> tuple[int, str, str]:
         process = self.processes[label]
-        code = process.wait(90)
+        code = process.wait(180)
         return code, (self.folder / f"{label}.stdout").read_text(), (self.folder / f"{label}.stderr").read_text()
 
 
