@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import secrets
@@ -77,7 +78,7 @@ def running_ray(address: str, *, log: Path) -> Iterator[None]:
         import ray
 
         try:
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
             raise ConnectionError(
                 f"the Ray at {address!r} does not take this process: {' '.join(str(error).split())} (if it asks for a "
