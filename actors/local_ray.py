@@ -1,4 +1,5 @@
 """A quiet Ray of our own on this machine, for one run: started, authenticated, and ended without touching any other.
+Or one that runs already, which is used and left as it is.
 
 See DESIGN section 7: token authentication is always set explicitly on both sides, the object store is small (tensors
 never pass through Ray), the temporary folder is short (unix socket paths), and nothing is left behind.
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,11 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from elastic.config import check_endpoint
 from elastic.errors import ElasticError
 
 OBJECT_STORE_BYTES = 80 << 20
 NAMESPACE = "elastic"
 _TOKEN = secrets.token_hex(32)  # one for all Rays of this process: Ray's library remembers the first that it has read
+ANSWER_SECONDS = 5.0
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals by which a person or a machine asks a command to end."""
 
@@ -59,6 +64,42 @@ def local_ray(*, num_cpus: int, log: Path) -> Iterator[None]:
             _end(lambda: _children() - before)
             _reap(before)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_ray(address: str, *, log: Path) -> Iterator[None]:
+    """A connection to a Ray that runs already, for the duration of the context: HOST:PORT of its head, or "auto".
+
+    It is left as it is; what this process starts there ends with the connection. Standard output and error as in
+    `local_ray`. Raises ConnectionError if there is none, or it does not take this process.
+    """
+    _check_answers(address)
+    with log.open("ab") as file, _standard_streams_to(file):
+        import ray
+
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:
+            raise ConnectionError(
+                f"the Ray at {address!r} does not take this process: {' '.join(str(error).split())} (if it asks for a "
+                "token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here, too)"
+            ) from None
+        try:
+            yield
+        finally:
+            with undisturbed():
+                ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    host, port = check_endpoint("the address of the Ray", address)
+    try:
+        socket.create_connection((host, port), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray answers at {address}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

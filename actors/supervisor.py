@@ -102,11 +102,15 @@ class SiteSupervisor:
         def offered(vacancy: Vacancy) -> None:
             loop.call_soon_threadsafe(self._offered, vacancy)
 
+        def asked(seconds: float) -> None:
+            asyncio.run_coroutine_threadsafe(self.drain(seconds), loop)
+
         self._line = SiteLine(
             about.coordinator,
             about.run,
             about.site,
             on_vacancy=offered,
+            on_drain=asked,
             every=about.timeouts.heartbeat,
             patience=2 * about.timeouts.chunk,
         )
@@ -118,7 +122,9 @@ class SiteSupervisor:
     async def drain(self, seconds: float) -> None:
         """Every peer makes one last exchange and leaves, within so many seconds; nobody is started again. Returns at
         once."""
-        self._draining = True
+        if self._draining:
+            return
+        self._draining, self._room = True, 0
         self._events.emit("site.draining", seconds=seconds)
         for charge in self._charges.values():
             if charge.state == "running" and charge.unit is not None:
@@ -126,6 +132,8 @@ class SiteSupervisor:
             elif not charge.done:
                 charge.dismiss(self._events)
         self._tasks.append(asyncio.create_task(self._end_late(seconds)))
+        if self._line is not None:
+            self._say()
 
     async def _end_late(self, seconds: float) -> None:
         await asyncio.sleep(seconds + DRAIN_GRACE)

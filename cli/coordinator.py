@@ -14,7 +14,16 @@ from typing import Any
 import click
 
 from elastic.chaos import asked_for, take_orders
-from elastic.config import ACTIONS, FAULT_CLASSES, TARGETS, FaultPolicy, RunPolicy, environment
+from elastic.config import (
+    ACTIONS,
+    FAULT_CLASSES,
+    TARGETS,
+    FaultPolicy,
+    JoinToken,
+    RunPolicy,
+    check_coordinator,
+    environment,
+)
 from elastic.coordinator import Coordinator
 from elastic.errors import ConfigurationError
 from fault.orders import COORDINATOR
@@ -34,6 +43,11 @@ ASK_SECONDS = 15.0  # how long a recovery waits for a majority before it asks
     show_default=True,
     metavar="HOST:PORT",
     help="Where to listen; PORT 0 picks one. Peers of other machines need an address that they can reach.",
+)
+@click.option(
+    "--advertise",
+    metavar="HOST:PORT",
+    help="What peers dial, if that differs: it goes into the token.  [default: as --bind]",
 )
 @click.option(
     "--journal",
@@ -94,7 +108,7 @@ def command(**options: Any) -> None:
         _open(options) as coordinator,
         _taking_orders(coordinator),
     ):
-        _say_where(coordinator, options["token"])
+        _say_where(_token(coordinator, options["advertise"]), options["token"])
         if options["recover"]:
             _recover(coordinator, stop, options["accept_minority"])
         while not stop.wait(LOOK_SECONDS) and coordinator.error is None:
@@ -160,14 +174,24 @@ def _code(message: str) -> int:
     return exits.DATA if "journal" in message else exits.USAGE
 
 
-def _say_where(coordinator: Coordinator, file: Path | None) -> None:
+def _token(coordinator: Coordinator, advertise: str | None) -> JoinToken:
+    if not advertise and any(every in coordinator.address for every in ("//0.0.0.0:", "//[::]:")):
+        click.echo("elastic coordinator: no other machine can dial this token: say --advertise HOST:PORT", err=True)
+    try:
+        return JoinToken(check_coordinator(f"tcp://{advertise}"), coordinator.run) if advertise else coordinator.token
+    except ConfigurationError as error:
+        _refuse(exits.USAGE, f"--advertise: {error}")
+        raise  # never reached; for the type checker
+
+
+def _say_where(token: JoinToken, file: Path | None) -> None:
     """The file first: whoever has read the line finds it."""
     if file is not None:
         try:
-            file.write_text(f"{coordinator.token}\n", encoding="utf-8")
+            file.write_text(f"{token}\n", encoding="utf-8")
         except OSError as error:
             _refuse(exits.OUTPUT, f"cannot write {file}: {error.strerror}")
-    click.echo(f"ELASTIC_JOIN={coordinator.token}")
+    click.echo(f"ELASTIC_JOIN={token}")
 
 
 def _recover(coordinator: Coordinator, stop: threading.Event, accept: bool) -> None:

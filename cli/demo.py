@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, Any, TextIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elastic.config import RunPolicy, Timeouts, environment
 from elastic.errors import ConfigurationError
-from elastic.events import EventReader
 
 from . import exits
-from .view import PeerRow, Snapshot, View, make_view
+from .screen import Screen, refuse, say
+from .site import EventFolder, Rows, prepare_out
+from .stopping import Signals
+from .view import Snapshot
 
 if TYPE_CHECKING:
     from actors.charge import ChargeReport
-    from elastic.messages import MemberReport, StatusReport
+    from elastic.messages import StatusReport
 
 RUN = "demo"
 WIRES = ("f32", "bf16", "f16", "int8", "int4", "e3m0")
@@ -115,28 +114,23 @@ def command(**options: Any) -> None:
     check_kill(settings)
     check_data(settings)
     check_port(settings.port)
-    sys.exit(Demo(replace(settings, out=prepare_out(out)), signals).run())
+    out = prepare_out("demo", out, result="report.json")
+    sys.exit(Demo(replace(settings, out=out), signals).run())
 
 
 # --- bad input: one line, an exit code, nothing started -------------------------------------------------------------
-
-
-def refuse(code: int, message: str) -> None:
-    """Prints one line and exits."""
-    click.echo(f"elastic demo: {message}", err=True)
-    sys.exit(code)
 
 
 def check_environment() -> None:
     try:
         environment()
     except ConfigurationError as error:
-        refuse(exits.USAGE, str(error))
+        refuse("demo", exits.USAGE, str(error))
 
 
 def check_kill(settings: Settings) -> None:
     if settings.kill and (settings.peers < 2 or settings.rounds < 3):
-        refuse(exits.USAGE, "to kill a peer takes at least 2 peers and 3 rounds: add some, or use --no-kill")
+        refuse("demo", exits.USAGE, "to kill a peer takes at least 2 peers and 3 rounds: add some, or use --no-kill")
 
 
 def check_data(settings: Settings) -> None:
@@ -145,23 +139,7 @@ def check_data(settings: Settings) -> None:
         train, _ = text.split(text.load_text([Path(path) for path in settings.data] or None), seed=settings.seed)
         text.ByteDataset(train, 128)
     except text.TextError as error:
-        refuse(exits.DATA, str(error))
-
-
-def prepare_out(out: Path) -> Path:
-    """Makes the folder; returns its path in full."""
-    try:
-        out = out.resolve()
-        (out / "events").mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in the words of Python 3.11 and 3.12
-        why = error.strerror if isinstance(error, OSError) else "too many levels of symbolic links"
-        refuse(exits.OUTPUT, f"cannot write to {out}: {why}; choose another --out")
-    if (out / "report.json").exists() or any((out / "events").iterdir()):
-        refuse(exits.OUTPUT, f"{out} holds the results of another run; choose another --out")
-    return out
+        refuse("demo", exits.DATA, str(error))
 
 
 def check_port(port: int) -> None:
@@ -172,7 +150,8 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            refuse(exits.NETWORK, f"cannot listen on port {port}: {error.strerror}; choose another --port, or 0")
+            why = f"cannot listen on port {port}: {error.strerror}; choose another --port, or 0"
+            refuse("demo", exits.NETWORK, why)
 
 
 def examples_folder() -> Path:
@@ -190,91 +169,6 @@ def example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-# --- signals and the screen: neither may keep the run from its report -----------------------------------------------
-
-
-class Signals:
-    """What SIGINT, SIGTERM and SIGHUP do, by how far the command is.
-
-    At first nothing has been started: they end the process. Later the first one raises KeyboardInterrupt and leaves
-    `interrupted` set, for a library may swallow the exception; all others are ignored, so that nothing disturbs the
-    end.
-    """
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._set(lambda number, frame: os._exit(exits.INTERRUPTED))
-
-    def raise_once(self) -> None:
-        """From here on; again after a library has put its own handlers there. Raises if one has come already."""
-        if self.interrupted:
-            self.ignore()
-            raise KeyboardInterrupt
-        self._set(self._interrupt)
-
-    def ignore(self) -> None:
-        self._set(signal.SIG_IGN)
-
-    def check(self) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        self.ignore()
-        raise KeyboardInterrupt
-
-    def _set(self, handler: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, handler)
-
-
-class Screen:
-    """The view, on a standard output that may go away (`| head`): then nothing is shown any more."""
-
-    def __init__(self) -> None:
-        # a duplicate, since Ray gets the original
-        self._stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
-        self._view: View | None = None
-        self._try(self._open)
-
-    def update(self, snapshot: Snapshot) -> None:
-        if self._view is not None:
-            self._try(self._view.update, snapshot)
-
-    def event(self, event: dict[str, Any]) -> None:
-        if self._view is not None:
-            self._try(self._view.event, event)
-
-    def close(self) -> None:
-        if self._view is not None:
-            self._try(self._view.close)
-
-    def _open(self) -> None:
-        self._view = make_view(self._stream, run=RUN)
-
-    def _try(self, show: Callable[..., None], *what: Any) -> None:
-        try:
-            show(*what)
-        except OSError:
-            self._view = None
-            _silence(self._stream)
-
-
-def say(line: str, *, err: bool = False) -> None:
-    """Prints a line, if anybody is there to read it."""
-    try:
-        click.echo(line, err=err)
-    except OSError:
-        _silence(sys.stderr if err else sys.stdout)
-
-
-def _silence(stream: TextIO) -> None:
-    # what the stream has kept goes nowhere, also when Python flushes it at its end
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +181,8 @@ class Demo:
         self.events: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self._began = time.monotonic()
-        self._readers: dict[Path, EventReader] = {}
-        self._rows: dict[str, PeerRow] = {}
+        self._folder = EventFolder(settings.out / "events")
+        self._rows = Rows()
         self._held: dict[str, tuple[int, str]] = {}
         self._sent: dict[tuple[str, int], int] = {}
         self._sample: str | None = None
@@ -298,7 +192,7 @@ class Demo:
 
     def run(self) -> int:
         say(f"results go to {self.settings.out}; starting Ray ...")
-        screen = Screen()
+        screen = Screen(RUN)
         try:
             self.signals.raise_once()
             self._run_in_ray(screen)
@@ -408,11 +302,7 @@ class Demo:
     # --- what is seen -----------------------------------------------------------------------------------------------
 
     def _read_events(self, view: Screen) -> None:
-        fresh: list[dict[str, Any]] = []
-        for path in sorted((self.settings.out / "events").glob("*.jsonl")):
-            reader = self._readers.setdefault(path, EventReader(path))
-            fresh.extend(reader.read())
-        for event in sorted(fresh, key=lambda event: float(event["time_unix"])):
+        for event in self._folder.fresh():
             self.events.append(event)
             view.event(event)
             if event["event"] == "heldout.evaluated":
@@ -420,9 +310,9 @@ class Demo:
 
     def _note(self, status: StatusReport, charges: list[ChargeReport]) -> None:
         members = {member.name: member for member in status.members}
+        self._rows.note(charges, status.members, {name: version for name, (version, _) in self._held.items()})
         for charge in charges:
-            member = members.get(charge.name)
-            self._rows[charge.name] = row = self._row(charge, member, status.progress.rounds)
+            row, member = self._rows.by_name[charge.name], members.get(charge.name)
             self._sent[charge.name, charge.lives] = max(row.bytes_sent, self._sent.get((charge.name, charge.lives), 0))
             if member is not None and member.state_hash:
                 self._held[charge.name] = (member.version, member.state_hash)
@@ -436,35 +326,6 @@ class Demo:
         self._held[charge.name] = (facts["version"], facts["state_hash"])
         self._sample = facts.get("sample_text", self._sample)
 
-    def _row(self, charge: ChargeReport, member: MemberReport | None, rounds: int) -> PeerRow:
-        before = self._rows.get(charge.name)
-        if member is None or charge.state != "running":
-            state = charge.state if charge.state != "running" else "starting"
-            kept = before if before and before.life == charge.lives else None
-            return PeerRow(
-                name=charge.name,
-                life=charge.lives,
-                state=state,
-                step=kept.step if kept else 0,
-                loss=kept.loss if kept else None,
-                tokens_per_second=None,
-                round=self._held.get(charge.name, (0, ""))[0] if charge.trained else kept.round if kept else 0,
-                bytes_sent=kept.bytes_sent if kept else 0,
-                note=charge.reason,
-            )
-        status = member.status
-        return PeerRow(
-            name=charge.name,
-            life=charge.lives,
-            state="suspect" if member.state == "suspect" else status.state,
-            step=status.step,
-            loss=status.loss if status.loss == status.loss else None,
-            tokens_per_second=status.tokens_per_second or None,
-            round=max(0, member.version),
-            bytes_sent=status.bytes_sent,
-            note=f"pid {charge.pid}",
-        )
-
     def _snapshot(self, status: StatusReport) -> Snapshot:
         return Snapshot(
             elapsed_seconds=time.monotonic() - self._began,
@@ -473,7 +334,7 @@ class Demo:
             contributors=status.contributors,
             epoch=status.epoch,
             heldout_loss=self._heldout,
-            peers=tuple(self._rows[name] for name in self.settings.names),
+            peers=tuple(self._rows.by_name[name] for name in self.settings.names),
         )
 
     # --- the end ----------------------------------------------------------------------------------------------------

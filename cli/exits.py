@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 OK = 0
 FAILED = 1
 USAGE = 2
@@ -9,3 +11,9 @@ DATA = 3
 NETWORK = 4
 OUTPUT = 5
 INTERRUPTED = 130
+TERMINATED = 143
+
+
+def told_by(number: int) -> int:
+    """Of a command that ended in good order since this signal told it to."""
+    return TERMINATED if number == signal.SIGTERM else INTERRUPTED

@@ -64,7 +64,7 @@ class PeerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """The run now. round counts committed rounds; contributors are those of the last one."""
+    """The run now. round counts committed rounds; contributors are those of the last one. rounds_target: 0 for none."""
 
     elapsed_seconds: float
     round: int
@@ -140,7 +140,8 @@ class LiveView:
         if snapshot is None:
             return Group(Text(f"{self._run}  starting", style="bold"), *self._events.copy())
         header = header_line(self._run, snapshot, tuple(self._heldout.copy()))
-        return Group(header, progress_line(snapshot), peer_table(snapshot.peers), *self._events.copy())
+        bar = [progress_line(snapshot)] if snapshot.rounds_target else []
+        return Group(header, *bar, peer_table(snapshot.peers), *self._events.copy())
 
 
 def header_line(run: str, snapshot: Snapshot, heldout: Sequence[float]) -> Text:
@@ -161,7 +162,7 @@ def of_target(snapshot: Snapshot) -> str:
 
 def progress_line(snapshot: Snapshot) -> Table:
     line = Table.grid()  # a bar alone ends no line
-    line.add_row(ProgressBar(total=max(snapshot.rounds_target, 1), completed=snapshot.round, width=60))
+    line.add_row(ProgressBar(total=snapshot.rounds_target, completed=snapshot.round, width=60))
     return line
 
 
@@ -233,7 +234,8 @@ def status_line(snapshot: Snapshot) -> str:
         f"{clean(peer.name)}: {clean(peer.state)} step {peer.step} loss {loss_text(peer.loss)}"
         for peer in snapshot.peers
     )
-    return f"round {of_target(snapshot)}  held-out {loss_text(snapshot.heldout_loss)}  {peers}"
+    held_out = "" if snapshot.heldout_loss is None else f"held-out {loss_text(snapshot.heldout_loss)}  "
+    return f"round {of_target(snapshot)}  {held_out}{peers}"
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -325,6 +327,23 @@ def reassigned(event: Event) -> str:
     return f"{field(event, 'peer')} reads on in shard {field(event, 'shard')}, which was {field(event, 'before')}'s"
 
 
+def asked(event: Event) -> str:
+    return f"{field(event, 'peer')} is asked to leave"
+
+
+def draining(event: Event) -> str:
+    return f"{field(event, 'peer')} makes one last exchange and leaves"
+
+
+def away(event: Event) -> str:
+    silent = f"the coordinator has not answered for {field(event, 'seconds')} s"
+    return f"{silent}: peers train up to their next round, and wait for it"
+
+
+def back(event: Event) -> str:
+    return f"the coordinator is back after {field(event, 'seconds')} s"
+
+
 def vacant(event: Event) -> str:
     return f"the place of {field(event, 'peer')} is free: {field(event, 'reason')}"
 
@@ -355,6 +374,10 @@ WORDS: dict[str, Callable[[Event], str]] = {
     "peer.restarted": restarted,
     "peer.failed": failed,
     "peer.left": left,
+    "peer.asked_to_leave": asked,
+    "peer.draining": draining,
+    "coordinator.lost": away,
+    "coordinator.found": back,
     "coordinator.started": serving,
     "shard.released": released,
     "shard.reassigned": reassigned,
@@ -369,7 +392,7 @@ def event_style(event: Event) -> str:
     name = str(event.get("event", ""))
     if name in ("fault.injected", "peer.killed", "peer.lost", "peer.evicted", "run.rolled_back"):
         return "red"
-    if name in ("round.shrunk", "round.short", "anomaly.confirmed"):
+    if name in ("round.shrunk", "round.short", "anomaly.confirmed", "coordinator.lost"):
         return "yellow"
     return "green" if name in ("peer.joined", "state.fetched") else ""
 

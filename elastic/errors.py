@@ -92,9 +92,13 @@ def _rebuild_quarantined(message: str, peer: str, round: int, epoch: int, retry_
 
 
 class CoordinatorUnavailable(MembershipError):
-    """The coordinator did not answer in time. Committed rounds are safe; retry once it is back."""
+    """The coordinator did not answer in time. Committed rounds are safe; retry once it is back.
+
+    retry_after: seconds. Nothing is wrong with this peer: its supervisor tries again and again, and does not count it.
+    """
 
     retryable = True
+    retry_after = 1.0
 
 
 class VersionMismatch(MembershipError):

@@ -6,7 +6,8 @@ through journal records (`Roster.record`): replaying them gives the same state i
 
 Only here peers are admitted and evicted. The rest lies with the parts, each of which touches its own state alone:
 `loops` (which state an outer loop stands at), `leases` (who may read which shard), `deciding` (what becomes of
-proposals), `watching` (what is wrong with whom), `isolation` (what follows from that); all speak through the `roster`.
+proposals), `watching` (what is wrong with whom), `isolation` (what follows from that), `leaving` (who is asked to);
+all speak through the `roster`.
 
 The rules are those of docs/design.md, "Rules of a round"; numbers in comments refer to them.
 """
@@ -43,6 +44,7 @@ from .journal import (
     Targeted,
 )
 from .leases import Leasing
+from .leaving import Leaving
 from .loops import OuterLoops
 from .messages import (
     PROTOCOL,
@@ -62,6 +64,7 @@ from .messages import (
     Join,
     LeaseRequest,
     Leave,
+    LeaveRequest,
     LinkLost,
     MemberReport,
     Message,
@@ -123,6 +126,7 @@ class Membership:
         self.watching = Watching(self._roster, timeouts)
         self.isolation = Isolation(policy.faults, policy.min_peers, timeouts.evict_after)
         self._vacancies = Vacancies(self._roster, timeouts, release=self._leasing.release)
+        self._leaving = Leaving(self._roster, self._vacancies)
         self.members, self.loops, self.operations = self._roster.members, self.outer.loops, self.rounds.operations
         self.lives: dict[str, int] = {}
         self.latest: dict[str, int] = {}
@@ -182,6 +186,8 @@ class Membership:
             self._roster.send_to(name, message.incarnation, self.status(now))
         elif isinstance(message, AuditRequest):
             self._roster.send_to(name, message.incarnation, self.audit())
+        elif isinstance(message, LeaveRequest):
+            self._leaving.ask(name, message)
         elif isinstance(message, Gone):
             self._gone(message, now)
         elif isinstance(message, SiteReport):
@@ -329,6 +335,7 @@ class Membership:
         for gone in report.given_up:
             self._given_up(gone, report, now)
         self._vacancies.hear(supervisor, report, now)
+        self._leaving.reported(supervisor, report.incarnation)
         self._roster.send_to(supervisor, report.incarnation, self._roster.stamp(Pong, progress=self.progress))
 
     def _given_up(self, gone: GivenUp, report: SiteReport, now: float) -> None:
@@ -435,6 +442,7 @@ class Membership:
                 self.rounds.routes.learn(name, message.status.links, self.members)
                 self.watching.heard(name, message, now)
                 self._roster.send(name, self._roster.stamp(Pong, progress=self.progress))
+                self._leaving.heard(name)
             case Propose():
                 self.rounds.propose(name, message, now)
             case DoneReport():

@@ -387,6 +387,16 @@ class AuditRequest(Message):
     pass
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveRequest(Message):
+    """By nobody in particular: this peer, or else all peers of this site, should leave. seconds: that each of them has
+    for one last exchange. Answered by LeaveAsked; asked again, it changes nothing.
+    """
+
+    name: str
+    seconds: float
+
+
 # --- from the coordinator -------------------------------------------------------------------------------------------
 
 
@@ -585,6 +595,25 @@ class Expelled(Message):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelfTest(Message):
     """Answers a Join after a quarantine: come again with what a self-test has found (Join.tested)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveAsked(Message):
+    """Answers a LeaveRequest. lives: of each member that has been asked, the life that it is in. supervisors: how many
+    have been asked, too, to start no further life at this site.
+    """
+
+    lives: dict[str, int]
+    supervisors: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain(Message):
+    """To a peer: leave, after one last exchange within so many seconds. To a supervisor: let all of its peers do so,
+    and start none again.
+    """
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -817,12 +846,13 @@ FROM_PEERS: dict[str, type] = {
     for kind in (
         Join, Heartbeat, Propose, DoneReport, FailedReport, Withdraw, Leave, Enter, Exit, Applied, LeaseRequest,
         LinkLost, Gone, SiteReport, Witnessed, StatusRequest, Recomputed, SetTarget, AuditRequest,
+        LeaveRequest,
     )
 }  # fmt: skip
 FROM_COORDINATOR: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         Welcome, View, Open, Begin, Cancel, Commit, RoundFailed, Base, Leases, Refused, Represent, Expelled, Pong,
-        StatusReport, Recompute, AuditReport, SelfTest, Short, Vacancy,
+        StatusReport, Recompute, AuditReport, SelfTest, Short, Vacancy, LeaveAsked, Drain,
     )
 }  # fmt: skip

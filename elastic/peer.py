@@ -68,6 +68,7 @@ from .messages import (
     Commit,
     CommitNote,
     DoneReport,
+    Drain,
     Expelled,
     FailedReport,
     Heartbeat,
@@ -461,7 +462,8 @@ class Peer:
         """Asks the training loop to end: its data ends, and the outer loop makes one last exchange on its way out.
 
         Returns at once. What has been learned by then is given to the others in a round that opens at once; if it is
-        not committed within `timeout` seconds, the peer leaves without, and its samples are read by others.
+        not committed within `timeout` seconds, the peer leaves without, and its samples are read by others. The
+        coordinator may ask for it, too (`elastic leave`).
         """
         with self._changed:
             if self._drain_until is None:
@@ -1109,6 +1111,8 @@ class Peer:
                 self.send(self._join_message(**self._memory() if message.recall else {}))
             case Recompute():
                 self._recompute(message)
+            case Drain():
+                self.drain(message.seconds)
             case Expelled() if self._leaving:
                 self._fail(Evicted("this Peer is closed", peer=self.name))
             case Expelled():

@@ -51,7 +51,8 @@ class MemberState:
 
     repaired: how often it held other bits than the run, and had to fetch the state anew. wrong: those bits, until it
     has said what it holds instead: messages that still speak of them are on their way. moments: of each loop, the hash
-    of what it serves of its inner optimizer, and the version that it held when it first said so.
+    of what it serves of its inner optimizer, and the version that it held when it first said so. leaving: seconds that
+    it has for its last exchange, once it was asked to leave.
     """
 
     member: Member
@@ -68,6 +69,7 @@ class MemberState:
     repaired: int = 0
     wrong: dict[tuple[str, int], str] = field(default_factory=dict)
     moments: dict[str, tuple[int, str]] = field(default_factory=dict)
+    leaving: float | None = None
 
 
 class Roster:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from .config import check_coordinator
 from .control import Control
-from .messages import GivenUp, Gone, Message, SiteReport, Vacancy
+from .messages import Drain, GivenUp, Gone, Message, SiteReport, Vacancy
 
 REASON_LENGTH = 200
 
@@ -20,7 +20,8 @@ class SiteLine:
     """Connects a supervisor of `site` to the run; a thread of its own keeps the line and says what `tell` was told.
 
     on_vacancy: called with each offer of a place, and with its end, on that thread; must not block. Offers are repeated
-    until the place is among those that `tell` was told to be taken, or declined. every: seconds.
+    until the place is among those that `tell` was told to be taken, or declined. on_drain: called likewise when the
+    site is asked to leave, within so many seconds; more than once. every: seconds.
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class SiteLine:
         site: str,
         *,
         on_vacancy: Callable[[Vacancy], None] = lambda vacancy: None,
+        on_drain: Callable[[float], None] = lambda seconds: None,
         every: float = 1.0,
         patience: float = 5.0,
     ) -> None:
         self.incarnation = secrets.randbits(63) | 1
         self._report = SiteReport(run=run, incarnation=self.incarnation, site=site)
-        self._on_vacancy = on_vacancy
+        self._on_vacancy, self._on_drain = on_vacancy, on_drain
         self._generation = 0
         self._control = Control(
             check_coordinator(coordinator),
@@ -70,6 +72,8 @@ class SiteLine:
         self._generation = message.generation
         if isinstance(message, Vacancy):
             self._on_vacancy(message)
+        elif isinstance(message, Drain):
+            self._on_drain(message.seconds)
         return True
 
     def close(self) -> None:

@@ -86,6 +86,10 @@ class Vacancies:
         if self._openings.pop(peer, None) is not None:
             self._roster.emit("vacancy.filled", peer=peer, site=site)
 
+    def supervisors(self, site: str) -> list[tuple[str, int]]:
+        """Of this site, as far as they are heard of: the names of their connections, and their incarnations."""
+        return [(each.supervisor, own) for own, each in self._sites.items() if each.site == site]
+
     def hear(self, supervisor: str, report: SiteReport, now: float) -> None:
         """What room a supervisor has, and what became of the places that it was offered."""
         own = report.incarnation

@@ -92,6 +92,14 @@ def test_a_lost_journal_is_rebuilt_elsewhere_and_a_minority_is_asked_about(tmp_p
             peer.close()
 
 
+def test_the_token_holds_what_others_dial(tmp_path: Path) -> None:
+    with serving(
+        tmp_path, "--bind", "0.0.0.0:0", "--advertise", "203.0.113.5:29400", "--token", "run.token"
+    ) as process:
+        assert line(process, r"ELASTIC_JOIN=(\S+)").group(1) == "elastic://203.0.113.5:29400/test"
+        assert (tmp_path / "run.token").read_text() == "elastic://203.0.113.5:29400/test\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -100,6 +108,7 @@ def test_a_lost_journal_is_rebuilt_elsewhere_and_a_minority_is_asked_about(tmp_p
         (["--run", "x", "--journal", "text"], 3, "text is no journal of elastic"),
         (["--run", "x", "--min-peers", "0"], 2, "min-peers"),
         (["--run", "x", "--token", "nowhere/token"], 5, "cannot write nowhere/token"),
+        (["--run", "x", "--advertise", "203.0.113.5"], 2, "--advertise: coordinator address '203.0.113.5' is not HOST"),
         ([], 2, "--run"),
     ],
 )

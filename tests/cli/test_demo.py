@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import left_folders, processes_of, wait_for
 from safetensors import safe_open
 
 ELASTIC = [sys.executable, "-m", "cli.main"]
@@ -23,19 +24,6 @@ QUICK = ["demo", "--rounds", "9", "--sync-every", "10"]
 
 def elastic(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*ELASTIC, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60)
-
-
-def processes_of(session: int, words: str = "") -> dict[int, str]:
-    """Command lines, with `words` in them, of the living processes of a session."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if int(sid) == session and state != "Z":
-                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        except (OSError, ValueError):
-            continue
-    return {pid: line for pid, line in found.items() if words in line}
 
 
 MARK = "DEMO_WITNESSED"
@@ -200,10 +188,6 @@ def committed(folder: Path) -> bool:
     return events.exists() and "round.committed" in events.read_text()
 
 
-def left_folders() -> set[Path]:
-    return set(Path("/tmp").glob("elastic-*"))
-
-
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_ends_everything_and_still_reports(tmp_path: Path, number: int) -> None:
@@ -268,13 +252,6 @@ def test_in_a_short_run_that_nobody_reads_the_killed_peer_still_ends_with_the_ot
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report["kills"]) == 1
     assert report["rounds_committed"] == 3 and report["state_hashes_equal"] is True
-
-
-def wait_for(true: Any, process: subprocess.Popen[str]) -> None:
-    deadline, pause = time.monotonic() + 90, threading.Event()
-    while not true():
-        assert process.poll() is None and time.monotonic() < deadline, "it never came that far"
-        pause.wait(0.05)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from sites import Site
 
 from elastic.config import RunPolicy
 from elastic.errors import ConfigurationError
+from elastic.inquiry import inquire
 from elastic.journal import Committed, Leased, read_copy
+from elastic.messages import LeaveAsked, LeaveRequest
 from elastic.outer.state import Layout
 
 
@@ -164,14 +166,19 @@ def committed_by(name: str, journal: Path) -> int:
     return samples
 
 
-def test_sigterm_to_any_rank_drains_the_peer(two: Run, sites: list[Site], tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["by a signal to a rank", "through the coordinator"])
+def test_who_is_asked_to_leave_drains_as_one_peer(two: Run, sites: list[Site], tmp_path: Path, asked: str) -> None:
     sites.append(Site(tmp_path / "site", two, "endless", wrapped=True))
     lone = two.join("lone")
     thread = threading.Thread(target=lambda: failure(lambda: train(lone, model_of(seed=8), epochs=0)))
     thread.start()
     try:
         sites[0].ready()
-        sites[0].processes[1].send_signal(signal.SIGTERM)
+        if asked == "by a signal to a rank":
+            sites[0].processes[1].send_signal(signal.SIGTERM)
+        else:
+            assert two.coordinator is not None
+            inquire(two.coordinator.token, LeaveRequest, LeaveAsked, 30.0, name="site", seconds=25.0)
         first, second = sites[0].facts()
         assert first["stopping"] and second["stopping"] and first["steps"] == second["steps"]
         assert first["parameters"] == second["parameters"]
