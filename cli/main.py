@@ -10,6 +10,7 @@ import click
 COMMANDS = {
     "demo": "Train a small GPT with three peers on this machine; one is killed on the way.",
     "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
+    "submit": "Run a training script as a job of a running Ray, and follow it.",
     "status": "Show a run's peers, its progress and its data, or audit a journal.",
     "events": "Show what has happened in a run, from its event logs; as it happens, too.",
     "replay": "Show again how a run went, from its event logs.",
