@@ -70,7 +70,9 @@ class JobSpec:
 
     @property
     def entrypoint(self) -> str:
-        return shlex.join([self.python, self.script.relative_to(self.folder).as_posix(), *self.arguments])
+        """Of Ray's shell nothing may be left: it would die of the first signal, and who waits for the script then, in a
+        container without an init, is nobody; to Ray it would seem to run on until it is killed."""
+        return "exec " + shlex.join([self.python, self.script.relative_to(self.folder).as_posix(), *self.arguments])
 
 
 @dataclass(frozen=True, kw_only=True)

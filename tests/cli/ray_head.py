@@ -49,7 +49,7 @@ def ray_head(python: Path, *, sees: Path | None = None, num_cpus: int = 4) -> It
     try:
         started = subprocess.run(
             [python, "-c", START, "start", "--head", "--disable-usage-stats", *words],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=180,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=150,
         )  # fmt: skip
         assert started.returncode == 0, started.stdout + started.stderr
         allowed = {name: environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
@@ -83,6 +83,6 @@ def _environment(folder: Path, python: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TMPDIR": str(folder),  # it notes its address there, and not where others would find it
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "150",  # on a busy machine
+        "RAY_raylet_start_wait_time_s": "120",  # on a busy machine
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }

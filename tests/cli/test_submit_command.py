@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -23,7 +24,7 @@ from ray_head import Head, bare_python, free_ports, ray_head
 
 from cli.main import main
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 HERE = Path(__file__).parents[2]
 PATIENCE = "import actors.jobs, cli.main; actors.jobs.PATIENCE_SECONDS = {seconds}; cli.main.main()"
@@ -216,13 +217,14 @@ def test_it_ends_as_the_script_does(head: Head, tmp_path: Path, code: str, ends:
 
 def test_no_wait_and_a_name_that_is_taken(head: Head, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import time; time.sleep(2)")
-    done = submit(head, "train.py", "--name", "twice", "--no-wait", "--json", cwd=tmp_path)
+    name = f"twice-{secrets.token_hex(4)}"
+    done = submit(head, "train.py", "--name", name, "--no-wait", "--json", cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["status"] == "PENDING"
-    assert f"ray job logs --follow --address {head.address} twice" in done.stderr
-    again = submit(head, "train.py", "--submission-id", "twice", cwd=tmp_path)
+    assert f"ray job logs --follow --address {head.address} {name}" in done.stderr
+    again = submit(head, "train.py", "--submission-id", name, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr.splitlines() == ["elastic submit: there is a job twice already: choose another --name"]
-    until(lambda: status(head, "twice") == "SUCCEEDED")
+    assert again.stderr.splitlines() == [f"elastic submit: there is a job {name} already: choose another --name"]
+    until(lambda: status(head, name) == "SUCCEEDED")
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -253,17 +255,18 @@ def test_with_the_time_that_ray_gives_by_itself_it_would_have_been_cut(head: Hea
 
 def test_the_second_signal_leaves_at_once_and_says_how_to_come_back(head: Head, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(HALVES)
-    words = ("train.py", "--name", "left", "--stop-seconds", "200", "--", str(tmp_path / "go"))
+    name = f"left-{secrets.token_hex(4)}"
+    words = ("train.py", "--name", name, "--stop-seconds", "200", "--", str(tmp_path / "go"))
     with running(head, *words, cwd=tmp_path) as command:
         command.until("line 9\n")
         command.process.send_signal(signal.SIGINT)
         command.until("once more leaves it alone")
         command.process.send_signal(signal.SIGINT)
         assert command.ended() == 130
-    assert f"to stop it: ray job stop --address {head.address} left" in command.said
-    assert status(head, "left") == "RUNNING"
+    assert f"to stop it: ray job stop --address {head.address} {name}" in command.said
+    assert status(head, name) == "RUNNING"
     (tmp_path / "go").touch()
-    until(lambda: status(head, "left") == "STOPPED")
+    until(lambda: status(head, name) == "STOPPED")
 
 
 # --- connections ------------------------------------------------------------------------------------------------------
@@ -325,17 +328,18 @@ def test_after_a_cut_connection_the_log_goes_on_where_it_was(head: Head, tmp_pat
 
 def test_if_it_stays_cut_the_job_goes_on_and_it_is_said_how_to_follow(head: Head, tmp_path: Path, relay: Relay) -> None:
     (tmp_path / "train.py").write_text(HALVES)
-    address, words = f"http://127.0.0.1:{relay.port}", ("train.py", "--name", "lost", "--", str(tmp_path / "go"))
+    name, address = f"lost-{secrets.token_hex(4)}", f"http://127.0.0.1:{relay.port}"
+    words = ("train.py", "--name", name, "--", str(tmp_path / "go"))
     with running(head, *words, cwd=tmp_path, address=address, patience=3.0) as command:
         command.until("line 9\n")
         relay.close()
         assert command.ended() == 4
-    assert "lost may well go on" in command.said
-    assert f"to follow it: ray job logs --follow --address {address} lost" in command.said
+    assert f"{name} may well go on" in command.said
+    assert f"to follow it: ray job logs --follow --address {address} {name}" in command.said
     assert "Traceback" not in command.said
-    assert status(head, "lost") == "RUNNING"
+    assert status(head, name) == "RUNNING"
     (tmp_path / "go").touch()
-    until(lambda: status(head, "lost") == "SUCCEEDED")
+    until(lambda: status(head, name) == "SUCCEEDED")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
