@@ -61,7 +61,9 @@ def pack(folder: Path, excludes: Sequence[str], target: IO[bytes], *, limit: int
             for _ in _added(archive, path, path.relative_to(folder)):
                 if target.tell() > limit:
                     raise UnusableFiles(_too_big(folder, excludes, limit))
-        return archive.namelist()
+    if target.tell() > limit:  # with the list of its files
+        raise UnusableFiles(_too_big(folder, excludes, limit))
+    return archive.namelist()
 
 
 def pack_packages(target: IO[bytes]) -> None:
