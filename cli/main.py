@@ -12,6 +12,7 @@ COMMANDS = {
     "coordinator": "Run a coordinator; or bring a run back whose coordinator is lost.",
     "join": "Join a run with peers on this machine, and keep them alive.",
     "leave": "Ask a peer or a site to leave a run in good order.",
+    "submit": "Run a training script as a job of a running Ray, and follow it.",
     "status": "Show a run's peers, its progress and its data, or audit a journal.",
     "events": "Show what has happened in a run, from its event logs; as it happens, too.",
     "replay": "Show again how a run went, from its event logs.",
