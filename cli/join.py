@@ -30,8 +30,8 @@ from .stopping import Signals
 from .view import Snapshot, clean
 
 if TYPE_CHECKING:
-    from actors.peer import PeerSpec
     from actors.charge import ChargeReport
+    from actors.peer import PeerSpec
     from elastic.inquiry import Watch
     from elastic.messages import StatusReport
 
