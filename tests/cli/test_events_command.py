@@ -108,7 +108,7 @@ def test_a_log_that_is_still_written_is_followed_with_new_files_too(folder: Path
         seen.append(following.stdout.readline())
         following.send_signal(signal.SIGINT)
         assert following.wait(30) == exits.INTERRUPTED
-    assert "p1 was evicted" in seen[2] and "peer.draining peer=p2" in seen[3]
+    assert "p1 was evicted" in seen[2] and "p2 makes one last exchange" in seen[3]
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
