@@ -544,4 +544,9 @@ def _failures(charges: list[ChargeReport]) -> list[str]:
     for charge in charges:
         if charge.state == "failed":
             alike.setdefault(charge.reason.replace(charge.name, "*"), []).append(charge)
-    return [f"{', '.join(charge.name for charge in each)}: {each[0].error}" for each in alike.values()]
+    return [f"{', '.join(charge.name for charge in each)}: {_words(each[0])}" for each in alike.values()]
+
+
+def _words(charge: ChargeReport) -> str:
+    """Whose they are is said before them."""
+    return charge.error.removeprefix(f"peer {charge.name}: ")
