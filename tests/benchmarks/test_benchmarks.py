@@ -323,4 +323,14 @@ def test_what_a_log_says_of_faults(tmp_path: Path) -> None:
     assert watch.joined("a") == 5.0 and watch.rounds_of("a", 0.0) == 2
     assert watch.lost_rounds() == 1, "number 3"
     assert watch.again("a", 1.5) == pytest.approx(4.5), "its next life goes beyond what was committed"
-    assert watch.share("a") == 1.0
+    assert watch.carries("a") and watch.rounds_of_plan() == 5
+    plans = (
+        {"pattern": "direct", "shares": {"a": 0.9, "b": 0.1}},
+        {"pattern": "tree", "shares": {"a": 1.0, "b": 0.0}, "parents": {"a": "", "b": "a"}},
+    )
+    for number, (plan, links) in enumerate(zip(plans, ([True, False], [False, False]), strict=True)):
+        with path.open("a") as log:
+            log.write(json.dumps({"event": "plan.changed", "monotonic": 6.5 + number} | plan) + "\n")
+        watch.look()
+        assert [watch.carries(name) for name in "ab"] == links, "of a tree nobody times single links"
+        assert watch.rounds_of_plan() == 1 - number
