@@ -6,13 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 
 
-def nodes_here() -> list[dict[str, float]]:
-    """What each living node of this process's Ray has, whoever uses it now."""
-    import ray
-
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-
-
 def shortage(needs: Mapping[str, float], peers: int, nodes: Iterable[Mapping[str, float]]) -> str:
     """What is missing for so many peers that need this each, and what there is; "" if they fit."""
     needed = {name: amount for name, amount in needs.items() if amount > 0}

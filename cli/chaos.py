@@ -7,7 +7,6 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import click
 
@@ -17,6 +16,7 @@ from fault.driver import Absent, Driver, Injected, all_fired
 from fault.schedule import ScheduleError, load
 
 from . import exits
+from .screen import refuse
 from .stopping import told_to_stop
 
 
@@ -88,11 +88,11 @@ def command(
             plan, where, seed=seed, seconds=seconds, patience=patience, say=lambda each: None if as_json else _say(each)
         )
     except ScheduleError as error:
-        _refuse(exits.DATA, str(error))
+        refuse("chaos", exits.DATA, str(error))
     except ConfigurationError as error:
-        _refuse(exits.USAGE, str(error))
+        refuse("chaos", exits.USAGE, str(error))
     except OSError as error:
-        _refuse(exits.OUTPUT, str(error))
+        refuse("chaos", exits.OUTPUT, str(error))
     _drive(driver, wait, as_json)
 
 
@@ -103,17 +103,12 @@ def _from_environment() -> Path:
     return Path(folder)
 
 
-def _refuse(code: int, message: str) -> NoReturn:
-    click.echo(f"elastic chaos: {message}", err=True)
-    sys.exit(code)
-
-
 def _drive(driver: Driver, wait: float, as_json: bool) -> None:
     with told_to_stop(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop:
         try:
             driver.wait_for_targets(stop, wait)
         except Absent as error:
-            _refuse(exits.NETWORK, str(error))
+            refuse("chaos", exits.NETWORK, str(error))
         records = driver.run(stop)
         if as_json:
             click.echo(json.dumps({"faults": [asdict(each) for each in records], "all_fired": all_fired(records)}))

@@ -29,6 +29,7 @@ from elastic.errors import ConfigurationError
 from fault.orders import COORDINATOR
 
 from . import exits
+from .screen import refuse
 from .stopping import told_to_stop
 
 LOOK_SECONDS = 0.2
@@ -114,12 +115,7 @@ def command(**options: Any) -> None:
         while not stop.wait(LOOK_SECONDS) and coordinator.error is None:
             pass
     if coordinator.error is not None:
-        _refuse(exits.FAILED, f"stopped by {type(coordinator.error).__name__}: {coordinator.error}")
-
-
-def _refuse(code: int, message: str) -> None:
-    click.echo(f"elastic coordinator: {message}", err=True)
-    sys.exit(code)
+        refuse("coordinator", exits.FAILED, f"stopped by {type(coordinator.error).__name__}: {coordinator.error}")
 
 
 def _open(options: dict[str, Any]) -> Coordinator:
@@ -138,8 +134,7 @@ def _open(options: dict[str, Any]) -> Coordinator:
             faults=asked_for(environment(), None, COORDINATOR),
         )
     except ConfigurationError as error:
-        _refuse(_code(str(error)), str(error))
-        raise  # never reached; for the type checker
+        refuse("coordinator", _code(str(error)), str(error))
 
 
 def _faults(chosen: tuple[str, ...], seconds: float) -> FaultPolicy:
@@ -160,7 +155,7 @@ def _taking_orders(coordinator: Coordinator) -> Iterator[None]:
     try:
         station = take_orders(environment(), coordinator.faults, incarnation=secrets.randbits(63) | 1, **where)
     except ConfigurationError as error:
-        _refuse(exits.OUTPUT, str(error))
+        refuse("coordinator", exits.OUTPUT, str(error))
     try:
         yield
     finally:
@@ -180,8 +175,7 @@ def _token(coordinator: Coordinator, advertise: str | None) -> JoinToken:
     try:
         return JoinToken(check_coordinator(f"tcp://{advertise}"), coordinator.run) if advertise else coordinator.token
     except ConfigurationError as error:
-        _refuse(exits.USAGE, f"--advertise: {error}")
-        raise  # never reached; for the type checker
+        refuse("coordinator", exits.USAGE, f"--advertise: {error}")
 
 
 def _say_where(token: JoinToken, file: Path | None) -> None:
@@ -190,7 +184,7 @@ def _say_where(token: JoinToken, file: Path | None) -> None:
         try:
             file.write_text(f"{token}\n", encoding="utf-8")
         except OSError as error:
-            _refuse(exits.OUTPUT, f"cannot write {file}: {error.strerror}")
+            refuse("coordinator", exits.OUTPUT, f"cannot write {file}: {error.strerror}")
     click.echo(f"ELASTIC_JOIN={token}")
 
 

@@ -18,8 +18,9 @@ from elastic.config import RunPolicy, Timeouts, environment
 from elastic.errors import ConfigurationError
 
 from . import exits
+from .logs import Logs
 from .screen import Screen, refuse, say
-from .site import EventFolder, Rows, prepare_out
+from .site import Rows, prepare_out
 from .stopping import Signals
 from .view import Snapshot
 
@@ -181,7 +182,7 @@ class Demo:
         self.events: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self._began = time.monotonic()
-        self._folder = EventFolder(settings.out / "events")
+        self._logs = Logs([settings.out / "events"])
         self._rows = Rows()
         self._held: dict[str, tuple[int, str]] = {}
         self._sent: dict[tuple[str, int], int] = {}
@@ -302,7 +303,7 @@ class Demo:
     # --- what is seen -----------------------------------------------------------------------------------------------
 
     def _read_events(self, view: Screen) -> None:
-        for event in self._folder.fresh():
+        for event in self._logs.read():
             self.events.append(event)
             view.event(event)
             if event["event"] == "heldout.evaluated":

@@ -20,6 +20,7 @@ from elastic.config import JoinToken
 from elastic.errors import ConfigurationError, TransportError
 
 from . import exits
+from .screen import refuse
 from .stopping import told_to_stop
 from .view import clean
 
@@ -70,7 +71,7 @@ def command(
     is not reached.
     """
     if serve is not None and (token or other):
-        _refuse("--serve goes without TOKEN and --with", exits.USAGE)
+        refuse("doctor", exits.USAGE, "--serve goes without TOKEN and --with")
     if serve is not None:
         _serve(serve)
         return
@@ -79,18 +80,13 @@ def command(
         if other is not None:
             parse_address(other)
     except (ConfigurationError, ValueError) as error:
-        _refuse(str(error), exits.USAGE)
+        refuse("doctor", exits.USAGE, clean(str(error)))
     try:
         examination = _Examination(where, None if as_json else Console(highlight=False, soft_wrap=True))
         examination.make(other, seconds=seconds, timeout=timeout, gpu=gpu)
     except KeyboardInterrupt:
         sys.exit(exits.INTERRUPTED)
     examination.end()
-
-
-def _refuse(message: str, code: int) -> None:
-    click.echo(f"elastic doctor: {clean(message)}", err=True)
-    sys.exit(code)
 
 
 def _where(token: str | None) -> JoinToken | None:
@@ -111,9 +107,11 @@ def _serve(address: str) -> None:
         try:
             host = Host(address, side(look(Path.cwd())), lambda line: click.echo(clean(line)))
         except ValueError as error:
-            _refuse(str(error), exits.USAGE)
+            refuse("doctor", exits.USAGE, clean(str(error)))
         except OSError as error:
-            _refuse(f"cannot listen on {address}: {error.strerror or error}; choose another", exits.NETWORK)
+            refuse(
+                "doctor", exits.NETWORK, clean(f"cannot listen on {address}: {error.strerror or error}; choose another")
+            )
         with host:
             port = host.address.rpartition(":")[2]
             click.echo(f"on {host.address}; on the other machine: elastic doctor --with ADDRESS-OF-THIS-MACHINE:{port}")

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from . import exits
 from .logs import Event, LogError, Logs, chosen, whole_story
+from .screen import refuse, say
 from .view import clean, describe, event_style
 
 LOOK_SECONDS = 0.2
@@ -39,10 +40,12 @@ def command(paths: tuple[Path, ...], follow: bool, last: int | None, as_json: bo
         logs = Logs(paths)
         events, cut_off = (logs.read(), []) if follow else whole_story(paths)
     except LogError as error:
-        _complain(str(error))
-        sys.exit(exits.DATA)
+        refuse("events", exits.DATA, clean(str(error)))
     for path in cut_off:
-        _complain(f"{path} ends in the middle of a line: what wrote it was killed, or is writing")
+        say(
+            f"elastic events: {clean(str(path))} ends in the middle of a line: what wrote it was killed, or is writing",
+            err=True,
+        )
     show = Printer(as_json)
     try:
         show(list(chosen(events, **choice))[-last if last else None :])
@@ -53,10 +56,6 @@ def command(paths: tuple[Path, ...], follow: bool, last: int | None, as_json: bo
         sys.exit(exits.INTERRUPTED)
     except BrokenPipeError:  # `| head`: what is still in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(words: str) -> None:
-    click.echo(f"elastic events: {clean(words)}", err=True)
 
 
 class Printer:

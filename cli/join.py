@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from elastic.config import JoinToken, addresses, check_endpoint, check_name, endpoints, environment, is_loopback
-from elastic.errors import ConfigurationError, CoordinatorUnavailable, ElasticError
+from elastic.errors import ConfigurationError, ElasticError
 from elastic.events import EventLog
 
 from . import exits
-from .screen import Screen, refuse, say
+from .logs import Logs
+from .screen import Screen, refusing, say
 from .script import check_script
-from .site import EventFolder, Rows, prepare_out
+from .site import Rows, prepare_out
 from .stopping import Signals
-from .view import Snapshot, clean
+from .view import Snapshot
 
 if TYPE_CHECKING:
     from actors.charge import ChargeReport
@@ -140,15 +141,9 @@ def command(arguments: tuple[str, ...], timeout: float, as_json: bool, **options
       elastic join @c4-1b.token train.py --name us --listen 0.0.0.0:29500 --advertise 203.0.113.5:29500
     """
     signals = Signals(exits.told_by)
-    try:
+    with refusing("join"):
         settings = check(arguments, options)
         report = look(settings, timeout)
-    except CoordinatorUnavailable as error:
-        refuse("join", exits.NETWORK, clean(str(error)))
-    except ConfigurationError as error:
-        refuse("join", exits.USAGE, clean(str(error)))
-    except ElasticError as error:
-        refuse("join", exits.FAILED, clean(str(error)))
     if report.progress.finished:
         say(f"elastic join: run {settings.where.run} is over ({report.progress.rounds} rounds): there is nothing to do")
         sys.exit(exits.OK)
@@ -300,7 +295,7 @@ class Site:
         self.report: StatusReport | None = None
         self._began = time.monotonic()
         self._events = EventLog(settings.out / "events" / "join.jsonl", run=settings.where.run)
-        self._folder = EventFolder(settings.out / "events")
+        self._logs = Logs([settings.out / "events"])
         self._rows = Rows()
         self._supervisor: Any = None
         self._away = 0.0
@@ -364,11 +359,11 @@ class Site:
         from ray.exceptions import ActorAlreadyExistsError
 
         from actors.restarts import FailureConfig
-        from actors.room import nodes_here
         from actors.supervisor import EventLogSpec, SiteSupervisor
+        from actors.unit import nodes
 
         s = self.settings
-        _check_room(s, s.needs, nodes_here())
+        _check_room(s, s.needs, [node["Resources"] for node in nodes().values()])
         actor: Any = SiteSupervisor
         log = EventLogSpec(run=s.where.run, path=s.out / "events" / "supervisor.jsonl")
         specs = [self._spec(name, number) for number, name in enumerate(s.names)]
@@ -473,7 +468,7 @@ class Site:
                 self.report = inquire(self.settings.where, StatusRequest, StatusReport, STOP_SECONDS)
 
     def _read_events(self, screen: Screen) -> None:
-        for event in self._folder.fresh():
+        for event in self._logs.read():
             screen.event(event)
 
     def _snapshot(self) -> Snapshot:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elastic.config import JoinToken, environment
-from elastic.errors import ConfigurationError, CoordinatorUnavailable, ElasticError
+from elastic.errors import ConfigurationError
 
 from . import exits
-from .screen import refuse, say
+from .screen import refuse, refusing, say
 from .view import clean
 
 if TYPE_CHECKING:
@@ -54,14 +54,8 @@ def command(name: str, token: str | None, timeout: float, drain_seconds: float, 
     Example:
       elastic leave eu-1 elastic://192.0.2.10:29400/c4-1b
     """
-    try:
+    with refusing("leave"):
         asked, left = _leave(name, _where(token), timeout, drain_seconds, wait=not no_wait)
-    except CoordinatorUnavailable as error:
-        refuse("leave", exits.NETWORK, clean(str(error)))
-    except ConfigurationError as error:
-        refuse("leave", exits.USAGE, clean(str(error)))
-    except ElasticError as error:
-        refuse("leave", exits.FAILED, clean(str(error)))
     _tell(asked, left, timeout, wait=not no_wait, as_json=as_json)
 
 

@@ -13,6 +13,7 @@ import click
 
 from . import exits
 from .logs import Event, LogError, whole_story
+from .screen import refuse
 from .story import Story
 from .view import View, clean, make_view
 
@@ -46,8 +47,7 @@ def command(paths: tuple[Path, ...], speed: float, longest_pause: float, verify:
         if verify:
             sys.exit(exits.OK if _verify(paths, events, checkpoint) else exits.DATA)
     except LogError as error:
-        click.echo(f"elastic replay: {clean(str(error))}", err=True)
-        sys.exit(exits.DATA)
+        refuse("replay", exits.DATA, clean(str(error)))
     view = make_view(run=str(events[0].get("run", "")))
     try:
         play(events, view, pace(speed, longest_pause))

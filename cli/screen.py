@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 import click
 
-from .view import Snapshot, View, make_view
+from elastic.errors import ConfigurationError, CoordinatorUnavailable, ElasticError
+
+from . import exits
+from .view import Snapshot, View, clean, make_view
 
 
 class Screen:
@@ -60,6 +64,19 @@ def refuse(command: str, code: int, message: str) -> NoReturn:
     """Prints one line and exits."""
     say(f"elastic {command}: {message}", err=True)
     sys.exit(code)
+
+
+@contextmanager
+def refusing(command: str, wrong: int = exits.USAGE) -> Iterator[None]:
+    """What is raised within is said in one line, and ends the command. wrong: the code of a ConfigurationError."""
+    try:
+        yield
+    except CoordinatorUnavailable as error:
+        refuse(command, exits.NETWORK, clean(str(error)))
+    except ConfigurationError as error:
+        refuse(command, wrong, clean(str(error)))
+    except ElasticError as error:
+        refuse(command, exits.FAILED, clean(str(error)))
 
 
 def _silence(stream: TextIO) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from elastic.events import EventReader
+from typing import TYPE_CHECKING
 
 from . import exits
 from .screen import refuse
@@ -31,21 +29,6 @@ def prepare_out(command: str, out: Path, *, result: str) -> Path:
     if (out / result).exists() or any((out / "events").iterdir()):
         refuse(command, exits.OUTPUT, f"{out} holds the results of another run; choose another --out")
     return out
-
-
-class EventFolder:
-    """All event logs of a folder, followed while they grow."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._readers: dict[Path, EventReader] = {}
-
-    def fresh(self) -> Iterator[dict[str, Any]]:
-        """What has been added since the last time, in the order in which it happened."""
-        found: list[dict[str, Any]] = []
-        for path in sorted(self._folder.glob("*.jsonl")):
-            found.extend(self._readers.setdefault(path, EventReader(path)).read())
-        yield from sorted(found, key=lambda event: float(event["time_unix"]))
 
 
 class Rows:

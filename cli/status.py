@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from elastic.config import JoinToken, check_coordinator, check_name, environment
-from elastic.errors import ConfigurationError, CoordinatorUnavailable, ElasticError
+from elastic.errors import ConfigurationError, CoordinatorUnavailable
 
 from . import exits
+from .screen import refusing
 from .view import STATE_STYLES, clean, human_bytes, joined, loss_text
 
 if TYPE_CHECKING:
@@ -63,14 +64,8 @@ def command(
     def look() -> Found:
         return (None, _read(journal)) if journal else _ask(where, name, shards, timeout)
 
-    try:
+    with refusing("status", exits.DATA if journal else exits.USAGE):
         report, audit = look()
-    except CoordinatorUnavailable as error:
-        _give_up(error, exits.NETWORK)
-    except ConfigurationError as error:
-        _give_up(error, exits.DATA if journal else exits.USAGE)
-    except ElasticError as error:
-        _give_up(error, exits.FAILED)
     show = _show_as_json if as_json else _show
     if watch:
         with _picture() if not as_json and sys.stdout.isatty() else nullcontext((show, _complain)) as (show, complain):
@@ -109,11 +104,6 @@ def _picture() -> Iterator[tuple[Callable[..., None], Callable[[Exception], None
 
 def _complain(error: Exception) -> None:
     click.echo(f"elastic status: {clean(str(error))}", err=True)
-
-
-def _give_up(error: Exception, code: int) -> NoReturn:
-    _complain(error)
-    sys.exit(code)
 
 
 def _where(text: str | None, name: str | None) -> JoinToken:
