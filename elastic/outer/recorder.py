@@ -14,6 +14,7 @@ written ends the recording, never the training (event `record.ended`). `verifyin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -265,6 +266,7 @@ def restored(plain: Any) -> Any:
     return tuple(restored(item) for item in plain) if isinstance(plain, list) else plain
 
 
+@functools.cache
 def _classes() -> dict[str, Any]:
     modules = [importlib.import_module(f".{home}", __package__) for home in HOMES]
     found = (value for module in modules for value in vars(module).values())
